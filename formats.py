@@ -1,0 +1,223 @@
+"""Bytes to arrays: the published file formats of data sets, and nothing about the sets themselves.
+
+    read_idx(path)                    MNIST idx, .gz or plain           -> uint8 array
+    read_cdb(path)                    HODA .cdb, binary run lengths     -> list of uint8 {0, 1} arrays, labels
+    read_cifar(path)                  CIFAR-10 binary, 3073 a record    -> (N, 3, 32, 32) uint8, labels
+    read_mat_cells(path)              MATLAB 5 arrays and cells of arrays -> {name: array or list of arrays}
+    read_images(folder, size, grey)   png and jpg                       -> (N, C, size, size) uint8
+
+Each reader stands alone and checks what it reads: a missing file gives FileNotFoundError, one that is empty, cut off or
+corrupt gives ValueError, in one sentence with the file, what was expected and what was found. No pickle is ever loaded.
+
+Sources
+  idx     LeCun, Cortes, Burges, "The MNIST database", section "File formats"
+  .cdb    Khosravi, Kabir, Pattern Recognition Letters 28(10), 2007 (the set); layout as in HodaDatasetReader
+  CIFAR   Krizhevsky, "Learning multiple layers of features from tiny images", 2009, binary version
+  MAT     MathWorks, "MAT-file format", chapter 1 (level 5)
+"""
+
+import gzip
+import math
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+
+
+def _read(path) -> bytes:
+    """The bytes of a file, decompressed if it ends in .gz; never empty."""
+    path = pathlib.Path(path)
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (OSError, EOFError, zlib.error, struct.error) as e:
+        raise _wrong(path, "a readable, whole file", f"{type(e).__name__}: {e}") from None
+    if not raw:
+        raise _wrong(path, "data", "an empty file")
+    return raw
+
+
+def _wrong(path, expected, found) -> ValueError:
+    return ValueError(f"{path}: expected {expected}, found {found}")
+
+
+def read_idx(path) -> np.ndarray:
+    """The uint8 array of an idx file of 1 to 4 dimensions (gzip where the name ends in .gz)."""
+    raw = _read(path)
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not 1 <= raw[3] <= 4:
+        raise _wrong(path, "the idx magic number 00 00 08 01..04 (unsigned bytes)", raw[:4].hex(" "))
+    start = 4 + 4 * raw[3]
+    if len(raw) < start:
+        raise _wrong(path, f"an idx header of {start} bytes", f"{len(raw)} bytes")
+    shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
+    if not 0 < math.prod(shape) == len(raw) - start:
+        raise _wrong(path, f"{math.prod(shape)} bytes (above 0) for the shape {shape}", f"{len(raw) - start} bytes")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
+
+
+def read_cdb(path) -> tuple[list[np.ndarray], np.ndarray]:
+    """The images, each (H, W) uint8 with ink 1 and background 0, and the int64 labels (N,) of a HODA .cdb file.
+
+    Header of 1024 bytes: date (4), H, W, total u32, 128 counts u32, type (0 = binary), text. Record: FF, label, W, H
+    (only if the header has H = W = 0), byte count u16, then a row at a time runs of background, ink, ... that sum to W.
+    """
+    raw = _read(path)
+    if len(raw) < 1024:
+        raise _wrong(path, "a .cdb header of 1024 bytes", f"{len(raw)} bytes")
+    height, width, total = struct.unpack_from("<BBI", raw, 4)
+    counts = np.frombuffer(raw, "<u4", 128, offset=10)
+    if raw[522]:
+        raise _wrong(path, "type 0, binary images", f"type {raw[522]}")
+    fixed, at, images, labels = height > 0 and width > 0, 1024, [], []
+    for record in range(total):
+        start = at + (4 if fixed else 6)
+        if start > len(raw) or raw[at] != 0xFF:
+            found = raw[at:start].hex(" ") or "the end of the file"
+            raise _wrong(path, f"record {record + 1} of {total} (FF and its sizes) at byte {at}", found)
+        W, H = (width, height) if fixed else raw[at + 2:at + 4]
+        labels.append(raw[at + 1])
+        at = start + int.from_bytes(raw[start - 2:start], "little")
+        image = _unpack_runs(np.frombuffer(raw[start:at], np.uint8), H, W) if at <= len(raw) else None
+        if image is None:
+            found = f"{len(raw[start:at])} bytes that do not"
+            raise _wrong(path, f"runs that fill {H} rows of {W} in record {record + 1}", found)
+        images.append(image)
+    if at != len(raw) or not images:
+        raise _wrong(path, f"{total} records (above 0) and nothing behind them", f"{len(raw) - at} bytes more")
+    labels = np.array(labels, np.int64)
+    if not np.array_equal(np.bincount(labels, minlength=128), counts):
+        raise _wrong(path, "as many records of each label as the header says", f"other counts in {total} records")
+    return images, labels
+
+
+def _unpack_runs(runs, H, W):
+    """The (H, W) image of alternating run lengths (background first in each row), or None where they do not fit."""
+    if H * W == 0 or len(runs) == 0:
+        return None
+    ends = np.cumsum(runs, dtype=np.int64)
+    full = W * np.arange(1, H + 1)
+    last = np.searchsorted(ends, full)                                  # the first to reach a row's end closes it
+    if ends[-1] != full[-1] or last[-1] != len(runs) - 1 or not np.array_equal(ends[last], full):
+        return None
+    position = np.arange(len(runs))
+    position[last[0] + 1:] -= np.repeat(last[:-1] + 1, np.diff(last))   # of a run in its row; odd = ink
+    return np.repeat((position & 1).astype(np.uint8), runs).reshape(H, W)
+
+
+def read_cifar(path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of a CIFAR-10 binary file: label, red, green, blue."""
+    raw = _read(path)
+    if len(raw) % 3073:
+        raise _wrong(path, "records of 3073 bytes", f"{len(raw)} bytes, {len(raw) % 3073} too many")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise _wrong(path, "labels 0 to 9", f"label {records[:, 0].max()}")
+    return records[:, 1:].reshape(-1, 3, 32, 32).copy(), records[:, 0].astype(np.int64)
+
+
+# ---- MATLAB level 5: elements of (type, size, data), arrays within elements, cells of arrays
+
+MAT_TYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
+
+
+def read_mat_cells(path) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The variables of a little-endian MATLAB 5 file: numeric arrays, cells of them as flat lists (columns first).
+
+    Struct, sparse, text and object variables are refused with ValueError, like anything corrupt.
+    """
+    raw = _read(path)
+    if len(raw) < 136 or raw[126:128] != b"IM":
+        raise _wrong(path, "a MATLAB 5 header (little-endian) of 128 bytes and a variable", f"{len(raw)} other bytes")
+    variables, at = {}, 128
+    try:
+        while at < len(raw):
+            kind, body, at = _mat_element(raw, at)
+            if kind == 15:                                              # zlib around one matrix
+                kind, body, _ = _mat_element(zlib.decompress(body), 0)
+            name, value = _mat_matrix(kind, body, cells=True)
+            variables[name] = value
+    except (ValueError, struct.error, zlib.error, IndexError) as e:
+        raise _wrong(path, "whole MATLAB 5 arrays or cells of arrays", f"{e} before or at byte {at}") from None
+    return variables
+
+
+def _mat_element(raw, at):
+    """(type, data, offset of the next element). Data of up to 4 bytes may sit in the tag itself."""
+    kind, size = struct.unpack_from("<II", raw, at)
+    start = at + 8
+    if kind >> 16:
+        kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
+        after = at + 8
+    else:
+        after = start + size + (-size % 8 if kind != 15 else 0)
+    if size > (4 if start == at + 4 else len(raw) - start):
+        raise ValueError(f"an element of {size} bytes that is cut off")
+    return kind, raw[start:start + size], after
+
+
+def _mat_matrix(kind, body, cells=False):
+    """(name, value) of a matrix element: flags, dimensions, name, then the numbers or the cells."""
+    if kind != 14:
+        raise ValueError(f"an element of type {kind}")
+    (_, flags, at), parts = _mat_element(body, 0), []
+    for _ in range(2):
+        _, part, at = _mat_element(body, at)
+        parts.append(part)
+    shape, name = np.frombuffer(parts[0], "<i4"), parts[1].decode("latin1")
+    if len(shape) < 2 or shape.min() < 0 or flags[1] & 8:
+        raise ValueError(f"the shape {shape.tolist()} or complex numbers")
+    if flags[0] == 1 and cells:
+        values = []
+        for _ in range(math.prod(shape.tolist())):
+            kind, part, at = _mat_element(body, at)
+            values.append(_mat_matrix(kind, part)[1])
+        return name, values
+    if not 6 <= flags[0] <= 15:
+        raise ValueError(f"an array of class {flags[0]}")
+    kind, part, _ = _mat_element(body, at)
+    if kind not in MAT_TYPES:
+        raise ValueError(f"numbers of type {kind}")
+    return name, np.frombuffer(part, MAT_TYPES[kind]).reshape(shape, order="F").copy()
+
+
+# ---- a folder of pictures
+
+
+def read_images(folder, size: int, grey: bool = False) -> np.ndarray:
+    """All .png, .jpg and .jpeg files of a folder in the order of their names: (N, 1 or 3, size, size) uint8.
+
+    Transparent parts become white; the short side is brought to `size` (area average) and the centre square kept.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: there is no such folder")
+    if not folder.is_dir():
+        raise _wrong(folder, "a folder of images", "a file")
+    if size < 1:
+        raise ValueError(f"images of {size} x {size} pixels are impossible; the size must be at least 1")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise _wrong(folder, "images (.png, .jpg, .jpeg)", "none")
+    return np.stack([_read_image(path, size, grey) for path in paths])
+
+
+def _read_image(path, size, grey):
+    from PIL import Image, ImageOps
+
+    _read(path)                                                         # a missing or empty file gets its own sentence
+    try:
+        with Image.open(path) as image:
+            image.verify()                                              # checksums up to the end of a PNG
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+    except Exception as e:                                              # decoders raise OSError, SyntaxError, ...
+        raise _wrong(path, "a whole PNG or JPEG image", f"{type(e).__name__}: {e}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L" if grey else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    filter = Image.Resampling.BOX if size < side else Image.Resampling.BICUBIC
+    image = image.resize((size, size), filter, box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
