@@ -1,0 +1,61 @@
+"""What all kernels share: the guarded import of Triton, and the choice between a kernel and PyTorch.
+
+Triton reads TRITON_INTERPRET when it is imported, so a process either interprets kernels on the CPU or compiles them.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":                                          # a Triton that is there but broken must be heard
+        raise
+    triton = None
+
+    class tl:                                                           # enough for the kernel files to be imported
+        constexpr = staticmethod(lambda value: value)
+
+
+def jit(**options):
+    """`triton.jit`, or nothing where there is no Triton."""
+    return triton.jit(**options) if triton else lambda function: function
+
+
+INTERPRET = triton is not None and bool(triton.knobs.runtime.interpret)
+AMD = torch.version.hip is not None
+
+
+def backend(x: torch.Tensor, why_not: str = "") -> str:
+    """ "triton" or "torch" for the device of `x`. `why_not`: a reason why the kernel cannot take this call, or "".
+
+    Raises ValueError for an unknown KERNELS, RuntimeError where KERNELS=triton asks for the impossible.
+    """
+    choice = os.environ.get("KERNELS", "auto") or "auto"
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"KERNELS={choice}: it is torch, triton or auto")
+    if triton is None:
+        why_not = "Triton is not installed"
+    elif x.device.type == "cuda" and INTERPRET:
+        why_not = why_not or "TRITON_INTERPRET=1 interprets kernels on the CPU, and the tensor is on the GPU"
+    elif x.device.type == "cpu" and not INTERPRET:
+        why_not = "a CPU tensor needs TRITON_INTERPRET=1, set before Triton is imported"
+    elif x.device.type not in ("cpu", "cuda"):
+        why_not = f"there is no kernel for {x.device.type} tensors"
+    if choice == "triton":
+        if why_not:
+            raise RuntimeError(f"KERNELS=triton, but the kernel cannot run: {why_not}")
+        return "triton"
+    return "torch" if why_not or choice == "torch" or x.device.type == "cpu" else "triton"
+
+
+def refuse_gradients(name: str, *tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{name} has no gradient: call it under torch.no_grad() or torch.inference_mode()")
+
+
+def int32(value: int) -> int:
+    """The low 32 bits as a signed number: one kernel argument type for every value."""
+    return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
