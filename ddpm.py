@@ -403,17 +403,15 @@ class Diffusion(nn.Module):
 
     @torch.inference_mode()
     def sample(self, n: int, times: list[int], parts: int = 1):
-        """A generator of x, (n, *shape): `parts` states of the chain x_T -> x_0, the last of them the samples."""
-        device = self.alphas_cumprod.device
-        x = torch.randn(n, *self.shape, device=device)
-        seed = int(torch.randint(2**62, ()))
+        """A generator of `parts` + 1 states x, (n, *shape), from x_T to x_0: the last of them are the samples."""
+        x, seed = torch.randn(n, *self.shape, device=self.alphas_cumprod.device), int(torch.randint(2**62, ()))
         table = self._table(times)
-        coefficients = ancestral_coefficients(table, self.prediction).cpu()
-        yield from self.run_chain(x, table, coefficients, seed, parts)
+        yield from self.run_chain(x, table, ancestral_coefficients(table, self.prediction).cpu(), seed, parts)
 
     def run_chain(self, x, table, coefficients, seed, parts=1):
         """Any sampler that is a (S, 5) table of coefficients, through the fused loop where it applies."""
         cuts = [round(k * len(coefficients) / parts) for k in range(parts + 1)]
+        yield x
         if isinstance(self.network, MLP) and self.variance != "learned" and not self.levels:
             chain, net = fused("sample_chain", sample_chain_plain), self.network
             weights = net.inner.weight, torch.stack([w.weight for w in net.hidden]), net.outer.weight, net.outer.bias
@@ -515,16 +513,15 @@ def main():
                                floors={"loss": floor} if density else None):
                 pass
 
-        began, chunks, frames = time.perf_counter(), [], []
+        began, chunks, frames = time.perf_counter(), [], {}
         parts = min(24, len(times))
-        rows = args.samples if density else min(128, args.samples)      # images: what stays near the cache
-        total = -(-args.samples // rows) * parts
-        with job.bar(total, "sampling") as bar:
-            for n in [rows] * (args.samples // rows) + [args.samples % rows] * (args.samples % rows > 0):
-                for x in average.sample(n, times, parts):
+        shown = [[*times, 0][round(k * len(times) / parts)] for k in range(parts + 1)]
+        rows = args.samples if density else 128             # images: what stays near the cache
+        with job.bar(-(-args.samples // rows) * (parts + 1), "sampling") as bar:
+            for start in range(0, args.samples, rows):
+                for t, x in zip(shown, average.sample(min(rows, args.samples - start), times, parts)):
                     bar.update()
-                    if not chunks:
-                        frames.append(x.cpu())
+                    frames.setdefault(f"t = {t}", x.cpu())
                 chunks.append(x.cpu())
         seconds = time.perf_counter() - began
         samples = torch.cat(chunks)
@@ -536,7 +533,7 @@ def main():
             results = metrics.two_dimensional(samples, truth)
             results["elbo"] = metrics.metric(-bound, -truth.entropy, "nats", "higher")
         else:
-            samples, frames = truth.unscale(samples), [truth.unscale(f.clamp(-1, 1)) for f in frames]
+            samples = truth.unscale(samples)
             results = metrics.images(samples, truth)
             results["bits_per_dim"] = metrics.metric(metrics.bits_per_dim(bound, dims), None, "bits (bound)")
         results["loss"] = metrics.metric(loss, floor)

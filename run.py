@@ -111,7 +111,7 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
         args.dataset = dataset
     if args.dataset not in data.NAMES and not args.dataset.startswith("folder:"):
         parser.error(f"unknown dataset {args.dataset!r}; the names are {', '.join(names)}")
-    preset = {} if data.is_density(args.dataset) else images
+    preset = {} if args.dataset in data.DENSITIES else images
     for name, (default, *_) in (common | training | sampling | output).items():
         if getattr(args, name) is None:
             setattr(args, name, preset.get(name, default))
@@ -380,12 +380,12 @@ class Run:
     # -- the report
 
     def report(self, metrics: dict, samples=None, truth=None, parameters: int = 0, sample_seconds: float = 0.0,
-               frames=(), **extra) -> None:
+               frames=None, **extra) -> None:
         """Write metrics.json, samples.npy, the pictures, and print the table. `metrics` is {name: metrics.metric(...)};
-        `samples` an array (N, 2) or uint8 (N, C, H, W) of `truth`'s kind, `frames` such arrays along the sampling."""
+        `samples` an array (N, 2) or uint8 (N, C, H, W) of `truth`'s kind, `frames` {label: state on the way}."""
         import metrics as measure
 
-        args = self.args
+        args, levels = self.args, getattr(truth, "levels", 256)
         try:
             from triton import __version__ as triton_version
         except ModuleNotFoundError:
@@ -405,11 +405,13 @@ class Run:
             write(self.folder / "samples.npy", buffer.getvalue())
             if truth is not None:
                 real = truth.sample(len(samples))
-                measure.samples_picture(self.folder / "samples.png", real, samples, truth)
-        if len(frames):
-            shown = [frames[round(i * (len(frames) - 1) / 7)] for i in range(8)] if len(frames) > 8 else frames
-            measure.strip_picture(self.folder / "process.png", shown, truth=truth)
-            measure.gif(self.folder / "process.gif", frames, truth=truth)
+                measure.samples_picture(self.folder / "samples.png", real, samples, truth, levels)
+        if frames:
+            labels = list(frames)
+            if len(labels) > 8:
+                labels = [labels[round(i * (len(labels) - 1) / 7)] for i in range(8)]
+            measure.strip_picture(self.folder / "process.png", [frames[k] for k in labels], labels, levels)
+            measure.gif(self.folder / "process.gif", list(frames.values()), levels=levels)
         if self.rows:
             measure.curves_picture(self.folder / "curves.png", self.rows, self.floors)
         print(measure.table(metrics))
