@@ -17,6 +17,7 @@ Sources
 """
 
 import gzip
+import io
 import math
 import pathlib
 import struct
@@ -207,11 +208,11 @@ def read_images(folder, size: int, grey: bool = False) -> np.ndarray:
 def _read_image(path, size, grey):
     from PIL import Image, ImageOps
 
-    _read(path)                                                         # a missing or empty file gets its own sentence
+    raw = _read(path)                                                   # a missing or empty file gets its own sentence
     try:
-        with Image.open(path) as image:
-            image.verify()                                              # checksums up to the end of a PNG
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(raw)) as image:
+            if image.format == "PNG" and b"IEND\xaeB`\x82" not in raw:
+                raise ValueError("the closing chunk is missing")
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception as e:                                              # decoders raise OSError, SyntaxError, ...
         raise _wrong(path, "a whole PNG or JPEG image", f"{type(e).__name__}: {e}") from None
