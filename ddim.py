@@ -224,11 +224,11 @@ def run_chain(network, x: Tensor, times: list[int], coefficients: Tensor, clip: 
 
 
 def time_features(alphas_cumprod: Tensor, size: int = 32) -> Tensor:
-    """(T + 1, size) float32 sines and cosines of log SNR / 10: a noise level looks the same under any schedule."""
+    """(T + 1, size) sines and cosines of log SNR / 10: a noise level looks the same under any schedule."""
     log_snr = (alphas_cumprod.log() - (1 - alphas_cumprod).log()).clamp(-20, 20) / 10
     frequencies = torch.logspace(math.log10(0.3), math.log10(8), size // 2, dtype=alphas_cumprod.dtype)
     angles = log_snr[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1).float()
+    return torch.cat([angles.sin(), angles.cos()], 1).to(torch.get_default_dtype())
 
 
 class MLP(nn.Module):

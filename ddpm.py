@@ -144,7 +144,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 def discretized_log_prob(x: Tensor, mean: Tensor, logvar: Tensor, levels: int) -> Tensor:
     """log of the mass that N(mean, var) puts on the bin of x: `levels` values evenly spaced on [-1, 1], the outer
     bins open. Elementwise, nats. [1] (13)"""
-    side = torch.where(x > mean, -1.0, 1.0)                 # mirrored so that x <= mean: lower tails keep their digits
+    side = torch.where(x > mean, -1, 1)                     # mirrored so that x <= mean: lower tails keep their digits
     x, mean, half = side * x, side * mean, 1 / (levels - 1)
     cdf = lambda y: 0.5 * torch.erfc((mean - y) * (-0.5 * logvar).exp() * math.sqrt(0.5))
     high = torch.where(x > 1 - half, 1.0, cdf(x + half))
@@ -229,11 +229,11 @@ def fused(name, plain):
 
 
 def time_features(alphas_cumprod: Tensor, size: int = 32) -> Tensor:
-    """(T + 1, size) float32 sines and cosines of log SNR / 10: a noise level looks the same under any schedule."""
+    """(T + 1, size) sines and cosines of log SNR / 10: a noise level looks the same under any schedule."""
     log_snr = (alphas_cumprod.log() - (1 - alphas_cumprod).log()).clamp(-20, 20) / 10
     frequencies = torch.logspace(math.log10(0.3), math.log10(8), size // 2, dtype=alphas_cumprod.dtype)
     angles = log_snr[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1).float()
+    return torch.cat([angles.sin(), angles.cos()], 1).to(torch.get_default_dtype())
 
 
 class MLP(nn.Module):

@@ -1,0 +1,57 @@
+"""Each script, copied alone into an empty folder, imports, trains three steps on random tensors and samples."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIFFUSION = """
+import copy, torch
+import {name} as m
+model = {model}
+average = copy.deepcopy(model).requires_grad_(False)
+optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+batches = iter([torch.randn(8, *model.shape)] * 3)
+losses = [row["loss"].item() for row in m.train(model, average, optimizer, batches, 3, 1e-3)]
+*_, x = average.sample(5, m.timesteps(model.T, 4))
+assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
+USES = {
+    "ddpm": [DIFFUSION.format(name="ddpm", model="m.Diffusion((2,), m.make_schedule('linear', 50))"),
+             DIFFUSION.format(name="ddpm", model="m.Diffusion((1, 8, 8), m.make_schedule('cosine', 50), 'v', 'learned', 256, 16)")],
+    "ddim": [DIFFUSION.format(name="ddim", model="m.DDIM((2,), m.linear_schedule(50), m.MLP(2, 2, m.linear_schedule(50)))")],
+}
+FOREIGN = "def sample_chain():\n    raise AssertionError('not ours')\n".replace("sample_chain", "something_else")
+
+
+def lonely(folder, code):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_copied_alone_it_trains_and_samples(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    for code in USES[name]:
+        result = lonely(tmp_path, code)
+        assert result.returncode == 0, result.stderr[-1500:]
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours_is_not(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(FOREIGN)
+    result = lonely(tmp_path, USES[name][0])
+    assert result.returncode == 0, result.stderr[-1500:]
+    (tmp_path / "kernels" / "__init__.py").write_text("import no_such_module_of_ours\n")
+    result = lonely(tmp_path, USES[name][0])
+    assert result.returncode != 0 and "no_such_module_of_ours" in result.stderr
+
+
+def test_every_script_is_tried_here():
+    shared = {"data", "formats", "metrics", "run"}
+    assert {p.stem for p in ROOT.glob("*.py")} - shared == set(USES)
