@@ -104,7 +104,7 @@ class Density:
         block = max(1, 2**21 // self.components)
         parts = zip(*(v.expand(len(rows), -1).split(block) for v in (rows, a, b)))
         out = torch.cat([function(*part) for part in parts])
-        return out.to(x.dtype).reshape(*x.shape[:-1], *out.shape[1:])
+        return out.to(x.dtype).reshape(x.shape[:-1] + out.shape[1:])
 
     def _check_labels(self, labels):
         if labels and self.classes is None:
@@ -201,11 +201,11 @@ class Checkerboard(Density):
     def _intervals(self, x, a, b):
         """log density of x_t, and its slope, for x_0 uniform on each interval of an axis: x (..., 1) -> (..., 4) both.
 
-        Below a = 1e-5 b the four are one Gaussian to rounding error, and differences of CDFs would cancel: a stops.
+        Below a = 1e-4 b differences of CDFs would cancel; x_t is N(0, b^2 I) there up to a^2, so that a may stop.
         """
         edges = self.edges.to(x.device)
         safe = torch.where(b > 0, b, 1)
-        a = torch.maximum(a, 1e-5 * b)
+        a = torch.maximum(a, 1e-4 * b)
         high, low = (x - a * edges[:-1]) / safe, (x - a * edges[1:]) / safe             # high > low
         flip = low > 0                                                  # Phi(-low) - Phi(-high): no 1 - 1 in the tail
         tail, head = torch.where(flip, -high, low), torch.where(flip, -low, high)
@@ -232,8 +232,8 @@ class Checkerboard(Density):
         return torch.where(b > 0, score, 0.0)                           # flat inside, and nowhere defined outside
 
     def _denoise(self, x, a, b):                                        # Tweedie, [1] (1.4)
-        a = torch.maximum(a, 1e-5 * b)
-        return (x + b.square() * self._score(x, a, b)) / a
+        floor = torch.maximum(a, 1e-4 * b)                              # below it E[x_0 | x_t] is linear in a
+        return (x + b.square() * self._score(x, floor, b)) * a / floor.square()
 
     def _axis(self, c, a, b):
         """Gauss-Legendre panels, short near the edges where the density bends at the scale of b."""

@@ -102,8 +102,8 @@ def test_cdb_with_one_size_in_the_header(tmp_path):                     # 6 for 
 
 
 def test_cdb_rows_of_long_runs(tmp_path):                               # cumsum in uint8
-    images = [np.ones((255, 255), np.uint8), np.zeros((3, 255), np.uint8)]
-    (tmp_path / "a.cdb").write_bytes(cdb_bytes(images, [0, 1]))
+    images = [np.ones((255, 255), np.uint8), np.zeros((3, 255), np.uint8), np.zeros((1, 1), np.uint8)]
+    (tmp_path / "a.cdb").write_bytes(cdb_bytes(images, [0, 1, 1]))
     back, _ = formats.read_cdb(tmp_path / "a.cdb")
     assert all(np.array_equal(a, b) for a, b in zip(images, back))
 
@@ -123,13 +123,13 @@ def test_mat_round_trip(tmp_path_factory, seed, packed):                 # no pa
     rng = np.random.default_rng(seed)
     variables = {"Data": [rng.integers(0, 256, rng.integers(1, 6, 2), dtype=np.uint8) for _ in range(3)],
                  "labels": rng.integers(0, 10, (3, 1), dtype=np.uint8), "longer_name": rng.normal(size=(2, 3, 2)),
-                 "n": rng.integers(-9, 9, (1, 2), dtype=np.int32)}
+                 "n": rng.integers(-9, 9, (1, 2), dtype=np.int32), "none": np.zeros((0, 2))}
     path = tmp_path_factory.mktemp("mat") / "a.mat"
     path.write_bytes(mat_bytes(variables, packed))
     back = formats.read_mat_cells(path)
     assert list(back) == list(variables)
     assert all(np.array_equal(a, b) for a, b in zip(back["Data"], variables["Data"])) and len(back["Data"]) == 3
-    for name in ("labels", "longer_name", "n"):
+    for name in ("labels", "longer_name", "n", "none"):
         assert np.array_equal(back[name], variables[name]) and back[name].dtype == variables[name].dtype
 
 
