@@ -1,10 +1,10 @@
 """Hand-written Triton kernels, each beside its plain PyTorch definition.
 
     import kernels
-    sample = getattr(kernels, "sample_chain", plain)        # a script's own function where this package is not there
+    sample = getattr(kernels, "sample_chain", plain)        # a script's own function where this is absent
 
-Nothing heavy is imported until a name is used. On a CUDA or ROCm tensor with Triton installed and a shape that the kernel
-takes, the kernel runs; elsewhere PyTorch does. The environment variable KERNELS forces one of them:
+Nothing heavy is imported until a name is used. On a CUDA or ROCm tensor with Triton installed and a shape that the
+kernel takes, the kernel runs; elsewhere PyTorch does. The environment variable KERNELS forces one of them:
     KERNELS=torch    never a kernel
     KERNELS=triton   always the kernel, an error where it cannot run (on a CPU it needs TRITON_INTERPRET=1)
 `kernels.backend(x)` says which it is for a tensor: "triton" or "torch".

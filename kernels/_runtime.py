@@ -11,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError as error:
-    if error.name != "triton":                                          # a Triton that is there but broken must be heard
+    if error.name != "triton":                                          # there but broken: let it be heard
         raise
     triton = None
 

@@ -3,26 +3,26 @@
 `sample_chain`: S steps of an MLP denoiser whose time embedding is folded into a table of biases,
 
     h = silu(x W_in^T + bias[s, 0]);   h <- h + silu(h W_l^T + bias[s, l]), l = 1..L;   f = h W_out^T + b_out
-    x <- A_s x + B_s f + C_s z,        z ~ N(0, I) from rng.normal(row, step = first + s)
+    x <- A_s x + B_s f + C_s z,        z ~ N(0, I): rng.normal at step first + s
 
-One linear form for many samplers: DDPM, DDIM with any eta, Euler for flows and probability-flow ODEs, Langevin; the table
-(S, 3) of [A, B, C] chooses. Shapes: x (N, D), w_in (H, D), w_hidden (L, H, H), w_out (D, H), b_out (D,),
-biases (S, L + 1, H), D 1..16, H 16..256.
+One linear form for many samplers: DDPM, DDIM with any eta, Euler for flows and probability-flow ODEs, Langevin; the
+table (S, 3) of [A, B, C] chooses. Shapes: x (N, D), w_in (H, D), w_hidden (L, H, H), w_out (D, H), b_out (D,),
+biases (S, L + 1, H).
 
-What it saves. An eager step launches 16 operations or more and moves each hidden activation through memory eight times or so
+What it saves. An eager step launches 16 operations or more and moves each hidden activation through memory eight times
 (13 kB a sample at H = 128, L = 3). The kernel is one launch for all steps: the weights stay in shared memory, the
-activations in registers, and only x is read once and written once. Matrix products take fp16 operands and fp32
+activations in registers, and x alone is read once and written once. Matrix products take fp16 operands and fp32
 accumulators; x stays fp32, and enters the first layer as a sum of two fp16 parts. On a CPU the same idea holds with the
 cache in place of registers: a tile of rows goes through all steps in preallocated buffers before the next one starts.
 
-`diffusion_step`: the update of a U-Net's sampler, one pass over memory (12 bytes an fp32 element against 30 or more eager),
+`diffusion_step`: the update of a U-Net's sampler in one pass, 12 bytes an fp32 element (eager: 8 to 12 an operation),
 
     x_0 = P x + Q out, clamped to [-clip, clip] if clip is given;   x <- A x_0 + B x + C z
 
-Limits. No gradients. Kernel: H = 64, 128 or 256 (also 16 and 32 interpreted); weights and activations within fp16's 65504.
+Limits. No gradients. sample_chain's kernel: H = 64 or 128 (16 and 32 too when interpreted; H = 256 does not fit without
+spills and runs in PyTorch), D = 1..16, L <= 3 at H = 128, activations within fp16's 65504. The CPU path takes any size.
 """
 
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,7 +36,7 @@ from ._runtime import AMD, INTERPRET, backend, int32, jit, refuse_gradients, tl,
 # ---- definitions
 
 
-def sample_chain_reference(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first=0, noise="philox") -> Tensor:
+def sample_chain_reference(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first=0, noise="philox"):
     """The definition, in any dtype. The noise is rng's float32 stream, cast."""
     for s, (A, B, C) in enumerate(coefficients.tolist()):
         h = F.silu(x @ w_in.T + biases[s, 0])
@@ -66,7 +66,7 @@ def _chain_tile(x, row, w_in, w_hidden, w_out, b_out, biases, table, seed, first
     (R, D), H = x.shape, w_in.shape[1]
     rows = torch.arange(row, row + R, device=x.device)
     h, a, f = x.new_empty(R, H), x.new_empty(R, H), x.new_empty(R, D)
-    block = max(1, 16384 // (R * ((D + 3) // 4))) if x.device.type == "cpu" else 8  # words of the generator stay in cache
+    block = max(1, 16384 // (R * ((D + 3) // 4))) if x.device.type == "cpu" else 8  # the generator's words stay in L2
     for start in range(0, len(table), block):
         part = table[start : start + block]
         if any(C for _, _, C in part):
@@ -145,7 +145,7 @@ def _step_torch(x, out, coefficients, seed, step, clip) -> Tensor:
 def silu(a, FAST: tl.constexpr):
     if FAST:                                                            # one special-function instruction, NVIDIA only
         half = 0.5 * a
-        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1)
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, is_pure=True, pack=1)
         return half * tanh + half
     else:
         return a / (1 + tl.exp(-a))
@@ -154,9 +154,10 @@ def silu(a, FAST: tl.constexpr):
 @jit()
 def normal_tile(k0, k1, rows, step, D: tl.constexpr, BN: tl.constexpr):
     """[BN, 16] normals, zero from column D on."""
-    group = tl.arange(0, 4)[None, :].to(tl.uint32) + tl.zeros((BN, 4), tl.uint32)
-    row = rows[:, None].to(tl.uint32) + tl.zeros((BN, 4), tl.uint32)
-    w0, w1, w2, w3 = rng.philox_words(k0, k1, row, step.to(tl.uint32) + tl.zeros((BN, 4), tl.uint32), group, tl.zeros((BN, 4), tl.uint32))
+    zero = tl.zeros((BN, 4), tl.uint32)
+    row = rows[:, None].to(tl.uint32) + zero                            # [BN, 4]: a group of four columns each
+    group = tl.arange(0, 4)[None, :].to(tl.uint32) + zero
+    w0, w1, w2, w3 = rng.philox_words(k0, k1, row, step.to(tl.uint32) + zero, group, zero)
     z0, z1 = rng.box_muller_pair(w0, w1)
     if D > 2:
         z2, z3 = rng.box_muller_pair(w2, w3)
@@ -166,15 +167,15 @@ def normal_tile(k0, k1, rows, step, D: tl.constexpr, BN: tl.constexpr):
     return tl.where(tl.arange(0, 16)[None, :] < D, z, 0.0)
 
 
-@jit(do_not_specialize=["n", "steps", "first", "k0", "k1"])
+@jit(do_not_specialize=["n", "steps", "first", "k0", "k1", "reload"])
 def chain_kernel(x_ptr, w_in_ptr, w_hidden_ptr, w_out_ptr, b_out_ptr, biases_ptr, table_ptr, out_ptr,
                  n, steps, first, k0, k1, reload,
                  D: tl.constexpr, H: tl.constexpr, L: tl.constexpr, BN: tl.constexpr,
                  NOISE: tl.constexpr, FAST: tl.constexpr, RELOAD: tl.constexpr):
     """One program: BN rows through all steps. w_hidden and w_out fp16 (or fp32, then every product is fp32).
 
-    `reload` is 0 at run time and unknown to the compiler: times the step it keeps the weights out of shared memory, to be
-    read again each step (RELOAD), where they do not fit.
+    `reload` is 0 at run time and unknown to the compiler: times the step, it keeps the weights from being held for the
+    whole loop, where they do not fit (RELOAD); they are then read again each step, from L2.
     """
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)        # [BN]
     cols = tl.arange(0, 16)                                             # [16], D of them real
@@ -183,38 +184,40 @@ def chain_kernel(x_ptr, w_in_ptr, w_hidden_ptr, w_out_ptr, b_out_ptr, biases_ptr
     at = rows[:, None] * D + cols[None, :]
     x = tl.load(x_ptr + at, mask=here, other=0.0)                       # [BN, 16] fp32
     half = w_hidden_ptr.dtype.element_ty
-    w = tl.load(w_in_ptr + hid[None, :] * D + cols[:, None], mask=(cols < D)[:, None] & (hid < H)[None, :], other=0.0)
+    w = tl.load(w_in_ptr + hid[None, :] * D + cols[:, None], mask=(cols < D)[:, None], other=0.0)
     w_hi = w.to(half)                                                   # [16, H]
     w_lo = (w - w_hi.to(tl.float32)).to(half)
-    w_out = tl.load(w_out_ptr + cols[None, :] * H + hid[:, None], mask=(cols < D)[None, :] & (hid < H)[:, None], other=0.0)
-    b_out = tl.load(b_out_ptr + cols, mask=cols < D, other=0.0)         # w_out [H, 16], b_out [16]
-    square = hid[None, :].to(tl.int64) * H + hid[:, None]               # of W^T
+    w_out = tl.load(w_out_ptr + cols[None, :] * H + hid[:, None], mask=(cols < D)[None, :], other=0.0)  # [H, 16]
+    b_out = tl.load(b_out_ptr + cols, mask=cols < D, other=0.0)         # [16]
+    square = hid[None, :] * H + hid[:, None]                            # [H, H] of W^T
+    hidden = ()
+    if not RELOAD:
+        for l in tl.static_range(L):
+            hidden = hidden + (tl.load(w_hidden_ptr + l * H * H + square),)     # L x [H, H] in shared memory
     for s in range(steps):
         bias_ptr = biases_ptr + tl.cast(s, tl.int64) * ((L + 1) * H) + hid
-        bias = tl.load(bias_ptr)[None, :] + tl.zeros((BN, H), tl.float32)
+        a = tl.load(bias_ptr)[None, :] + tl.zeros((BN, H), tl.float32)  # [BN, H]: the bias starts the accumulator
         if half == tl.float32:
-            h = tl.dot(x, w, acc=bias, input_precision="ieee")          # [BN, H]
+            a = tl.dot(x, w, acc=a, input_precision="ieee")
         else:
-            x_hi = x.to(half)
-            x_lo = (x - x_hi.to(tl.float32)).to(half)                   # 22 bits of x and w_in between them
-            h = tl.dot(x_hi, w_hi, acc=bias)
-            h = tl.dot(x_lo, w_hi, acc=h)
-            h = tl.dot(x_hi, w_lo, acc=h)
-        h = silu(h, FAST)
+            x_hi = x.to(half)                                           # 22 bits of x and w_in in two parts each
+            x_lo = (x - x_hi.to(tl.float32)).to(half)
+            a = tl.dot(x_hi, w_hi, acc=a)
+            a = tl.dot(x_lo, w_hi, acc=a)
+            a = tl.dot(x_hi, w_lo, acc=a)
+        h = silu(a, FAST)                                               # [BN, H] fp32, in registers from here on
         for l in tl.static_range(L):
             if RELOAD:
                 W = tl.load(w_hidden_ptr + l * H * H + s * reload + square)
             else:
-                W = tl.load(w_hidden_ptr + l * H * H + square)          # [H, H], hoisted: shared memory for all steps
-            bias = tl.load(bias_ptr + (l + 1) * H)[None, :] + tl.zeros((BN, H), tl.float32)
-            h += silu(tl.dot(h.to(half), W, acc=bias, input_precision="ieee"), FAST)
+                W = hidden[l]
+            a = tl.load(bias_ptr + (l + 1) * H)[None, :] + tl.zeros((BN, H), tl.float32)
+            h += silu(tl.dot(h.to(half), W, acc=a, input_precision="ieee"), FAST)
         f = tl.dot(h.to(half), w_out, acc=b_out[None, :] + tl.zeros((BN, 16), tl.float32), input_precision="ieee")
-        A = tl.load(table_ptr + s * 3)
-        B = tl.load(table_ptr + s * 3 + 1)
-        x = A * x + B * f
+        row_ptr = table_ptr + tl.cast(s, tl.int64) * 3
+        x = tl.load(row_ptr) * x + tl.load(row_ptr + 1) * f
         if NOISE:
-            C = tl.load(table_ptr + s * 3 + 2)
-            x += C * normal_tile(k0, k1, rows, first + s, D, BN)
+            x += tl.load(row_ptr + 2) * normal_tile(k0, k1, rows, first + s, D, BN)
     tl.store(out_ptr + at, x, mask=here)
 
 
@@ -240,27 +243,44 @@ def step_kernel(x_ptr, out_ptr, new_ptr, n, step, k0, k1, P, Q, A, B, C, clip,
 
 # ---- launchers: static tables, no autotune
 
-CHAIN_CONFIG = {                                                        # BN = 16 rows a warp: chained products split along rows
-    16: dict(BN=64, num_warps=4),
-    32: dict(BN=64, num_warps=4),
-    64: dict(BN=64, num_warps=4),
-    128: dict(BN=64, num_warps=4),
-}
+
+def chain_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
+    """How to launch chain_kernel with `shared` bytes of shared memory a block to be had; None if it cannot be.
+
+    BN is 16 rows a warp, for chained products are split over warps by rows alone. num_stages = 1: nothing but biases
+    is left to prefetch. The weights take 2 L H^2 bytes, and the rest measured 14 kB at most (`kernels.compile`).
+    """
+    if H not in (16, 32, 64, 128):
+        return None
+    reload = 2 * L * H * H + 16_384 > shared or (amd and H > 64)
+    if reload and 2 * H * H + 16_384 > shared:
+        return None
+    return dict(BN=64, RELOAD=reload, num_warps=4, num_stages=1)
+
+
+def _config_for(x: Tensor, H: int, L: int) -> dict | None:
+    if not x.is_cuda:
+        return chain_config(H, L, 1 << 20, False)                       # interpreted
+    device = torch.cuda.get_device_properties(x.device)
+    shared = getattr(device, "shared_memory_per_block_optin", 0) or 65_536
+    return chain_config(H, L, shared, AMD) if H >= 64 else None
 
 
 def _chain_triton(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first, noise,
-                  precision=torch.float16, fast=None) -> Tensor:
-    (N, D), H = x.shape, w_in.shape[0]
+                  precision=torch.float16, fast=None, reload=None) -> Tensor:
+    (N, D), H, L = x.shape, w_in.shape[0], len(w_hidden)
     x, w_in, b_out, biases, table = (t.contiguous() for t in (x, w_in, b_out, biases, coefficients))
     w_hidden, w_out = w_hidden.to(precision).contiguous(), w_out.to(precision).contiguous()
     out = torch.empty_like(x)
-    config = CHAIN_CONFIG[H]
+    config = _config_for(x, H, L)
+    if reload is not None:
+        config["RELOAD"] = reload
     fast = not (INTERPRET or AMD) if fast is None else fast
     if N:
         chain_kernel[(triton.cdiv(N, config["BN"]),)](
-            x, w_in, w_hidden, w_out, b_out, biases, table, out, N, len(table), int32(first), int32(seed), int32(seed >> 32), 0,
-            D=D, H=H, L=len(w_hidden), NOISE=noise == "philox", FAST=fast, RELOAD=False,
-            num_stages=1, enable_fp_fusion=True, **config)
+            x, w_in, w_hidden, w_out, b_out, biases, table, out,
+            N, len(table), int32(first), int32(seed), int32(seed >> 32), 0,
+            D=D, H=H, L=L, NOISE=noise == "philox", FAST=fast, enable_fp_fusion=True, **config)
     return out
 
 
@@ -285,7 +305,8 @@ def _check_chain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, noise):
     have = dict(w_in=w_in, w_hidden=w_hidden, w_out=w_out, b_out=b_out, biases=biases, coefficients=coefficients)
     for name, shape in want.items():
         if tuple(have[name].shape) != shape:
-            raise ValueError(f"{name} must be {shape} for x {(N, D)}, {H} units and {L} hidden layers; got {tuple(have[name].shape)}")
+            raise ValueError(f"{name} must be {shape} for x {(N, D)}, {H} units and {L} hidden layers; "
+                             f"got {tuple(have[name].shape)}")
     if noise not in ("philox", "none"):
         raise ValueError(f"noise={noise!r}: it is 'philox' or 'none'")
 
@@ -304,8 +325,8 @@ def sample_chain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, fi
     why_not = ""
     if not 1 <= D <= 16:
         why_not = f"D = {D}, and the kernel takes 1 to 16"
-    elif H not in CHAIN_CONFIG or (H < 64 and not INTERPRET):
-        why_not = f"H = {H}, and the kernel takes 64 or 128"
+    elif _config_for(x, H, len(w_hidden)) is None:
+        why_not = f"H = {H}, and the kernel takes 64 or 128 where the device has the shared memory"
     if backend(x, why_not) == "triton":
         return _chain_triton(x, w_in, w_hidden, w_out, b_out, biases, table, seed, first, noise)
     if noise == "none":
