@@ -45,8 +45,7 @@ class Density:
     `classes` is the number of labels or None; `modes` (K, 2) and `mode_std` are None where no modes lie apart.
     """
 
-    dim, shape, name = 2, (2,), ""
-    classes, modes, mode_std = None, None, None
+    dim, shape, name, classes, modes, mode_std = 2, (2,), "", None, None, None
     components = 1                                                      # terms of the sum at one point
 
     def log_prob(self, x: Tensor, a=1.0, b=0.0) -> Tensor:
@@ -121,11 +120,11 @@ class Mixture(Density):
         self.modes, self.mode_std = (self.means, std) if modes else (None, None)
 
     def sample(self, n, generator=None, device="cpu", labels=False):
-        source = generator.device if generator else device
-        k = torch.randint(self.components, (n,), generator=generator, device=source)
-        noise = torch.randn(n, 2, generator=generator, device=source, dtype=torch.float32)
-        x = (self.means.to(source, torch.float32)[k] + self.std * noise).to(device)
-        return (x, self.targets.to(source)[k].to(device)) if labels else x
+        source = {"generator": generator, "device": generator.device if generator else device}
+        k = torch.randint(self.components, (n,), **source).to(device)
+        noise = torch.randn(n, 2, **source, dtype=torch.float32).to(device)
+        x = self.means.to(device, torch.float32)[k] + self.std * noise
+        return (x, self.targets.to(device)[k]) if labels else x
 
     def posterior_variance(self, x: Tensor, a=1.0, b=0.0) -> Tensor:
         """tr Cov[x_0 | x_t = x] / d, (n,): within a component b^2 s^2 / C, between them the spread of their means."""
@@ -144,8 +143,8 @@ class Mixture(Density):
         kept = self.targets == label
         if not kept.any():
             raise ValueError(f"{self.name} has the labels 0 to {self.classes - 1}; got {label}")
-        return Mixture(f"{self.name}[{label}]", self.means[kept], self.std, torch.zeros_like(self.targets[kept]),
-                       self.modes is not None)
+        name, targets = f"{self.name}[{label}]", 0 * self.targets[kept]
+        return Mixture(name, self.means[kept], self.std, targets, self.modes is not None)
 
     def _log_joint(self, x, a, b):                                      # log w_k N(x; a mu_k, C), (n, K)
         C = (a * self.std).square() + b.square()
@@ -193,10 +192,10 @@ class Checkerboard(Density):
 
     def sample(self, n, generator=None, device="cpu", labels=False):
         self._check_labels(labels)
-        source = generator.device if generator else device
-        k = torch.randint(8, (n,), generator=generator, device=source)
-        u = torch.rand(n, 2, generator=generator, device=source, dtype=torch.float32)
-        return (self.width * (self.cells.to(source)[k] + u) - math.sqrt(3)).to(device)
+        source = {"generator": generator, "device": generator.device if generator else device}
+        k = torch.randint(8, (n,), **source).to(device)
+        u = torch.rand(n, 2, **source, dtype=torch.float32).to(device)
+        return self.width * (self.cells.to(device)[k] + u) - math.sqrt(3)
 
     def _intervals(self, x, a, b):
         """log density of x_t, and its slope, for x_0 uniform on each interval of an axis: x (..., 1) -> (..., 4) both.
@@ -250,8 +249,7 @@ class Checkerboard(Density):
 
 def _unit(name, points, std, targets, modes=False):
     """The mixture around these points, moved and stretched a coordinate so that mean = 0, variance = 1 exactly."""
-    points = np.asarray(points, np.float64)
-    points = points - points.mean(0)
+    points = points - np.mean(points, 0)
     points *= np.sqrt((1 - std**2) / points.var(0))
     return Mixture(name, points, std, np.asarray(targets), modes)
 
@@ -260,33 +258,27 @@ def _arc(radius, angle):
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
 
 
-def _gmm():                                                             # radius sqrt(2 (1 - 0.1^2))
-    return _unit("gmm", _arc(1, 2 * np.pi * np.arange(8) / 8), 0.1, np.arange(8), modes=True)
-
-
-def _grid_of_modes():                                                   # spacing 1, std 0.05 before the scaling
-    points = list(itertools.product(range(-2, 3), repeat=2))
-    return _unit("grid", points, 0.05 / math.sqrt(2 + 0.05**2), np.arange(25), modes=True)
-
-
 def _moons():
     upper = _arc(1, np.pi * (np.arange(64) + 0.5) / 64)
     return _unit("moons", np.concatenate([upper, [1, 0.5] - upper]), 0.08, np.repeat([0, 1], 64))
 
 
 def _spirals():                                                         # r = angle: length grows as its square
-    angle = np.sqrt(np.linspace(1, (3 * np.pi) ** 2, 128))
-    arm = _arc(angle, angle)
+    arm = _arc(angle := np.sqrt(np.linspace(1, (3 * np.pi) ** 2, 128)), angle)
     return _unit("spirals", np.concatenate([arm, -arm]), 0.08, np.repeat([0, 1], 128))
 
 
 def _rings():                                                           # as many points as the radius asks for
-    circles = [_arc(r, 2 * np.pi * np.arange(40 * r) / (40 * r)) for r in (1, 2, 3)]
-    return _unit("rings", np.concatenate(circles), 0.08, np.repeat([0, 1, 2], [40, 80, 120]))
+    circles = np.concatenate([_arc(r, 2 * np.pi * np.arange(40 * r) / (40 * r)) for r in (1, 2, 3)])
+    return _unit("rings", circles, 0.08, np.repeat([0, 1, 2], [40, 80, 120]))
 
 
-DENSITIES = {"gmm": _gmm, "grid": _grid_of_modes, "moons": _moons, "spirals": _spirals, "checkerboard": Checkerboard,
-             "rings": _rings}
+DENSITIES = {                                                           # gmm: radius sqrt(2 (1 - 0.1^2)) after scaling
+    "gmm": lambda: _unit("gmm", _arc(1, 2 * np.pi * np.arange(8) / 8), 0.1, np.arange(8), modes=True),
+    "grid": lambda: _unit("grid", list(itertools.product(range(5), repeat=2)), 0.05 / math.sqrt(2 + 0.05**2),
+                          np.arange(25), modes=True),                   # spacing 1, std 0.05 before scaling
+    "moons": _moons, "spirals": _spirals, "checkerboard": Checkerboard, "rings": _rings,
+}
 
 # ---- images
 
@@ -329,7 +321,7 @@ class Images:
     def _split(self, split, labels):
         if split not in ("train", "test"):
             raise ValueError(f"the split is train or test; got {split}")
-        if labels and self.classes is None:
+        if labels and not self.classes:
             raise ValueError(f"{self.name} has no labels")
         return (self.train, self.train_labels) if split == "train" else (self.test, self.test_labels)
 
@@ -440,41 +432,31 @@ def _bilinear(fields, font, label, x, y):
 # ---- published sets: files, addresses, digests
 
 CIFAR_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
-FASHION_NAMES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-                 "ankle boot")
+FASHION_NAMES = tuple("t-shirt/top trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split())
 IDX = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-_HODA = "https://raw.githubusercontent.com/amir-saniyan/HodaDatasetReader/master/DigitDB/"
-SOURCES = {                                                             # set: (file, address, algorithm and digest)
-    "mnist": tuple((file, _MNIST + file, digest) for file, digest in zip(IDX, (
-        "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "md5:9fb629c4189551a2d022fa330f9573f3", "md5:ec29112dd5afa0611ce80d1b7f02629c"))),
-    "fashion-mnist": tuple((file, _FASHION + file, digest) for file, digest in zip(IDX, (
-        "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", "md5:25c81989df183df01b3e8a0aad5dffbe",
-        "md5:bef4ecab320f06d8554ea6380940ec79", "md5:bb300cfdad3c16e7a12a480ee83cd310"))),
-    "hoda": tuple((file, _HODA + urllib.parse.quote(file), digest) for file, digest in (
-        ("Train 60000.cdb", "git:a87ae8c4b1a9e9227f600194ae82a8af3d0e08ec"),
-        ("Test 20000.cdb", "sha256:f947c38071c886677ec212fe5000863fafae0b4ed349d97d51c33abe3c8e2b07"))),
-    "cifar10": (("cifar-10-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-                 "md5:c32a1d4ab5d03f1284b67883e8d87530"),),
+SOURCES = {                                                             # set: address, then file and digest in turn
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+        IDX[0]: "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        IDX[1]: "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        IDX[2]: "md5:9fb629c4189551a2d022fa330f9573f3", IDX[3]: "md5:ec29112dd5afa0611ce80d1b7f02629c"}),
+    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        IDX[0]: "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", IDX[1]: "md5:25c81989df183df01b3e8a0aad5dffbe",
+        IDX[2]: "md5:bef4ecab320f06d8554ea6380940ec79", IDX[3]: "md5:bb300cfdad3c16e7a12a480ee83cd310"}),
+    "hoda": ("https://raw.githubusercontent.com/amir-saniyan/HodaDatasetReader/master/DigitDB/", {
+        "Train 60000.cdb": "git:a87ae8c4b1a9e9227f600194ae82a8af3d0e08ec",
+        "Test 20000.cdb": "sha256:f947c38071c886677ec212fe5000863fafae0b4ed349d97d51c33abe3c8e2b07"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"}),
 }
 
 
-def _digest(path, algorithm):
-    """Hex digest of a file by md5, sha256 or git (sha1 of "blob SIZE\\0" and the content)."""
-    content = pathlib.Path(path).read_bytes()
-    if algorithm == "git":
-        algorithm, content = "sha1", b"blob %d\0" % len(content) + content
-    return hashlib.new(algorithm, content).hexdigest()
-
-
 def fetch(url: str, path, digest: str) -> None:
-    """Download url to path with a progress bar; the file appears only when whole and of that digest ("md5:...").
+    """Download url to path with a progress bar; the file appears only when whole and of that digest.
 
-    Raises FileNotFoundError where the address does not answer, ValueError where the content is another.
+    digest: "md5:", "sha256:" or "git:" (sha1 of a blob) and hexadecimals. Raises FileNotFoundError where the address
+    does not answer, ValueError where the content is another.
     """
+    import http.client
     import urllib.request
 
     from tqdm import tqdm
@@ -490,20 +472,24 @@ def fetch(url: str, path, digest: str) -> None:
                 while block := answer.read(1 << 16):
                     part.write(block)
                     bar.update(len(block))
-        found = _digest(part.name, algorithm)
+        content = pathlib.Path(part.name).read_bytes()
+        if algorithm == "git":                                          # the id of a git blob
+            content = b"blob %d\0" % len(content) + content
+        found = hashlib.new("sha1" if algorithm == "git" else algorithm, content).hexdigest()
         if found != expected:
             raise ValueError(f"{url}: expected {algorithm} {expected}, found {found}; nothing was kept")
         pathlib.Path(part.name).replace(path)
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise FileNotFoundError(f"{path} could not be fetched from {url}: {e}") from None
     finally:
         pathlib.Path(part.name).unlink(missing_ok=True)
 
 
 def _download(name, folder):
-    for file, url, digest in SOURCES[name]:
+    address, files = SOURCES[name]
+    for file, digest in files.items():
         if not (folder / file).exists() and not any(folder.glob("cifar-10-batches-bin/*.bin")):
-            fetch(url, folder / file, digest)
+            fetch(address + urllib.parse.quote(file), folder / file, digest)
         if file.endswith(".tar.gz") and (folder / file).exists():       # there until all of it is unpacked
             _unpack(folder / file)
 
@@ -516,10 +502,10 @@ def _unpack(path):
     out.mkdir(exist_ok=True)
     with tarfile.open(path) as archive:
         for member in archive:
-            file = pathlib.PurePosixPath(member.name).name              # the name alone: nothing is written elsewhere
-            if member.isfile() and file.endswith(".bin"):
-                (out / (file + ".part")).write_bytes(archive.extractfile(member).read())
-                (out / (file + ".part")).replace(out / file)
+            if member.isfile() and member.name.endswith(".bin"):
+                file = out / pathlib.PurePosixPath(member.name).name    # the name alone: nothing is written elsewhere
+                file.with_suffix(".part").write_bytes(archive.extractfile(member).read())
+                file.with_suffix(".part").replace(file)
     path.unlink()
 
 
@@ -537,15 +523,13 @@ def _idx_set(folder, seed):
             return None
         images, labels = formats.read_idx(folder / images)[:, None], formats.read_idx(folder / labels).astype(np.int64)
         if images.ndim != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(f"{folder}: expected images (N, H, W) and N labels, found {images[:, 0].shape} and "
-                             f"{labels.shape}")
+            raise ValueError(f"{folder}: expected images and labels, found {images[:, 0].shape} and {labels.shape}")
         return images, labels
     return _either(pair(*IDX[:2]), pair(*IDX[2:]), seed)
 
 
 def _hoda(folder, seed):
-    def cdb(file):
-        return formats.read_cdb(folder / file) if (folder / file).exists() else None
+    cdb = lambda file: formats.read_cdb(folder / file) if (folder / file).exists() else None
     train = cdb("Train 60000.cdb")
     if train is None and (folder / "Data_hoda_full.mat").exists():
         mat = formats.read_mat_cells(folder / "Data_hoda_full.mat")
@@ -568,8 +552,7 @@ PUBLISHED = {                                                           # set: r
     "mnist": (_idx_set, (IDX[0], IDX[2]), 256, tuple("0123456789")),    # ... levels, class names
     "fashion-mnist": (_idx_set, (IDX[0], IDX[2]), 256, FASHION_NAMES),
     "hoda": (_hoda, ("Train 60000.cdb", "Data_hoda_full.mat", "Test 20000.cdb"), 2, PERSIAN_DIGITS),
-    "cifar10": (_cifar10, ("cifar-10-batches-bin/data_batch_*.bin", "cifar-10-batches-bin/test_batch.bin"), 256,
-                CIFAR_NAMES),
+    "cifar10": (_cifar10, [f"cifar-10-batches-bin/{part}_batch*.bin" for part in ("data", "test")], 256, CIFAR_NAMES),
 }
 NAMES = *DENSITIES, "persian", *PUBLISHED
 
@@ -605,8 +588,9 @@ def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=
             raise ValueError(f"{folder}: expected labels 0 to {len(class_names) - 1}, found one above")
     else:
         raise ValueError(f"there is no data set {name!r}; the names are {', '.join(NAMES)} and folder:PATH")
-    train, test = (_shaped(images, size, grey, levels) for images in (arrays[0], arrays[2]))
-    return Images(name, train, arrays[1], test, arrays[3], levels, class_names)
+    train, train_labels, test, test_labels = arrays
+    train, test = (_shaped(images, size, grey, levels) for images in (train, test))
+    return Images(name, train, train_labels, test, test_labels, levels, class_names)
 
 
 def _shaped(images, size, grey, levels):

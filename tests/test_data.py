@@ -566,11 +566,19 @@ def test_download_fetches_what_is_missing(server, tmp_path, monkeypatch):
     write_mnist(folder, "train", 60)
     write_mnist(folder, "t10k", 7)
     digest = lambda file: "md5:" + hashlib.md5((folder / file).read_bytes()).hexdigest()
-    monkeypatch.setitem(data.SOURCES, "mnist", tuple((file, url + file, digest(file)) for file in data.IDX))
+    monkeypatch.setitem(data.SOURCES, "mnist", (url, {file: digest(file) for file in data.IDX}))
     assert len(data.load("mnist", tmp_path, download=True).train) == 60
     for file in data.IDX:
         (folder / file).unlink()
     assert len(data.load("mnist", tmp_path, download=True).test) == 7  # nothing is fetched twice
+
+
+def test_download_quotes_blanks(server, tmp_path, monkeypatch):        # without quote()
+    folder, url = server
+    (folder / "a b.cdb").write_bytes(b"x")
+    monkeypatch.setitem(data.SOURCES, "hoda", (url, {"a b.cdb": "md5:" + hashlib.md5(b"x").hexdigest()}))
+    data._download("hoda", tmp_path)
+    assert (tmp_path / "a b.cdb").read_bytes() == b"x"
 
 
 def test_download_unpacks_cifar_and_picks_up_where_it_stopped(server, tmp_path, monkeypatch):
@@ -581,7 +589,7 @@ def test_download_unpacks_cifar_and_picks_up_where_it_stopped(server, tmp_path, 
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     digest = "md5:" + hashlib.md5((folder / "c.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setitem(data.SOURCES, "cifar10", (("c.tar.gz", url + "c.tar.gz", digest),))
+    monkeypatch.setitem(data.SOURCES, "cifar10", (url, {"c.tar.gz": digest}))
     bins = tmp_path / "cifar10" / "cifar-10-batches-bin"
     for _ in range(2):
         assert data.load("cifar10", tmp_path, download=True).train_labels.tolist() == [3]
@@ -597,14 +605,15 @@ def test_download_unpacks_cifar_and_picks_up_where_it_stopped(server, tmp_path, 
 
 def test_the_pinned_digests_are_those_of_the_originals(real_data):
     checked = 0
-    for name in data.SOURCES:
-        for file, url, digest in data.SOURCES[name]:
+    for name, (address, files) in data.SOURCES.items():
+        assert address.startswith("http") and address.endswith("/")
+        for file, digest in files.items():
             algorithm, expected = digest.split(":")
-            assert url.startswith("http") and len(expected) == {"md5": 32, "sha256": 64, "git": 40}[algorithm]
+            assert len(expected) == {"md5": 32, "sha256": 64, "git": 40}[algorithm]
             if algorithm == "sha256":
                 assert hashlib.sha256((real_data / name / file).read_bytes()).hexdigest() == expected
                 checked += 1
-    assert checked == 3 and "Test%2020000.cdb" in data.SOURCES["hoda"][1][1]
+    assert checked == 3
 
 
 @pytest.mark.parametrize("name, train, test, shape, levels", [
