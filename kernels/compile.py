@@ -1,18 +1,23 @@
-"""What the kernels become as machine code, with no GPU: `python -m kernels.compile [--targets sm_90 ...] [--json FILE]`.
+"""What the kernels become as machine code, with no GPU.
 
-Each kernel is compiled for sm_80 (A100), sm_90 (H100), sm_100 (B200) and gfx942 (MI300), and the program is read back: registers, stack,
-spilled bytes, spill instructions inside the main loop, shared and tensor memory. A kernel that is too large compiles
-without an error and fails at launch, so the hardware's limits are asserted here, and so is `budgets.json`: the
-measured numbers by Triton version, to which nothing may be added unseen. Exit status 1 over a limit or a budget.
-`--measure` writes the numbers of this Triton into budgets.json.
+    python -m kernels.compile [--targets sm_90 gfx942] [--json FILE] [--measure]
+
+Each kernel is compiled for sm_80 (A100), sm_89 (RTX 40), sm_90 (H100), sm_100 (B200) and gfx942 (MI300), and read back:
+registers, stack, spilled bytes, spill instructions inside the main loop, shared and tensor memory. A kernel that is too
+large compiles without an error and fails at launch, so the hardware's limits are asserted here. So is
+`budgets.json`, the measured numbers by Triton version and a little slack, so that nothing grows unseen. Exit status 1
+over a limit or a budget, 2 where nothing can be compiled. --measure writes this Triton's numbers into budgets.json.
 
 Triton interprets or compiles for the life of a process, so this is one of its own, with TRITON_INTERPRET removed.
 """
 
+import argparse
+import json
 import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
@@ -31,23 +36,30 @@ LIMITS = {                                                              # bytes 
     "gfx942": dict(shared=65_536, registers=512),
 }
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
-COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "instructions")
+NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop", "instructions")
+SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
 NO_SPILL_IN_LOOP = ("sm_90",)
 
 
 def configurations():
-    """name: (kernel, constants, options, targets)."""
+    """(name, target): (kernel, constants, options). The launcher's own table chooses by shared memory."""
     table = {}
-    for H in (64, 128):
-        for fast, targets in ((True, NVIDIA), (False, ("sm_90", "gfx942"))):
-            for target in targets:
-                config = dict(diffusion.chain_config(H, target))
-                kernel = config.pop("kernel")
-                options = {k: config.pop(k) for k in ("num_warps", "num_stages")}
-                name = f"chain {H}" + ("" if fast or target in AMD else " precise")
-                table[name, target] = (kernel, dict(D=2, H=H, L=3, NOISE=True, FAST=fast, **config), options)
-    for target in NVIDIA + AMD:
-        table["step", target] = (diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4))
+
+    def chain(name, target, H, D, fast, L=3):
+        config = diffusion.chain_config(H, L, LIMITS[target]["shared"], target in AMD)
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        constants = dict(D=D, H=H, L=L, NOISE=True, FAST=fast and target not in AMD, **config)
+        table[name, target] = diffusion.chain_kernel, constants, options
+
+    for target in TARGETS:
+        for H in (64, 128):
+            chain(f"chain {H}", target, H, 2, True)
+        table["step", target] = diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4)
+    for target in ("sm_90", "gfx942"):
+        chain("chain 128 D16", target, 128, 16, True)
+    chain("chain 128 precise", "sm_90", 128, 2, False)
     return table
 
 
@@ -131,8 +143,7 @@ def numbers_amd(program, target):
             if branch and branch[1] in labels and at - labels[branch[1]] > len(loop):
                 loop = code[labels[branch[1]] : at]
     return dict(
-        registers=get("vgpr_count"), stack=get("private_segment_fixed_size"),
-        spilled=4 * (get("vgpr_spill_count") + get("sgpr_spill_count")),
+        registers=get("vgpr_count"), stack=get("private_segment_fixed_size"), spilled=4 * get("vgpr_spill_count"),
         in_loop=sum("scratch_" in line or "buffer_load_dword v" in line and "s[0:3]" in line for line in loop),
         shared=program.metadata.shared, tensor=0, loop=len(loop), instructions=len(code))
 
@@ -140,3 +151,62 @@ def numbers_amd(program, target):
 def numbers(kernel, constants, options, target):
     program = compiled(kernel, constants, options, target)
     return (numbers_amd if target in AMD else numbers_nvidia)(program, target)
+
+
+# ---- the gate
+
+
+def faults(name, target, n, budget):
+    limits = LIMITS[target]
+    for key in ("registers", "shared", "tensor"):
+        if n[key] > limits.get(key, 0):
+            yield f"{key} {n[key]} over the hardware's {limits.get(key, 0)}"
+    if n["instructions"] < 100:
+        yield f"{n['instructions']} instructions: an empty program"
+    if name != "step" and target not in AMD and not n["loop"]:
+        yield "no loop found in the machine code"
+    if target in NO_SPILL_IN_LOOP and n["in_loop"]:
+        yield f"{n['in_loop']} spills in the loop"
+    for key, slack in SLACK.items():
+        if budget and n[key] > budget[key] + (slack if budget[key] or key not in ("in_loop", "spilled") else 0):
+            yield f"{key} {n[key]} over the budget, {budget[key]}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS, metavar="TARGET",
+                        help=", ".join(TARGETS))
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the numbers here")
+    parser.add_argument("--measure", action="store_true", help="write the numbers into budgets.json as the new budget")
+    args = parser.parse_args()
+    if triton is None:
+        print("kernels.compile: Triton is not installed, so there is nothing to compile")
+        return 2
+    minor = ".".join(triton.__version__.split(".")[:2])
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    budget = budgets.get(minor, {})
+    against = "to be measured" if args.measure else minor if budget else "none for this version, limits only"
+    print(f"Triton {triton.__version__}; budget: {against}")
+    print(f"{'kernel':18s}{'target':8s}" + "".join(f"{c:>13s}" for c in COLUMNS))
+    measured, bad = {}, 0
+    for (name, target), (kernel, constants, options) in configurations().items():
+        if target not in args.targets or args.only not in name:
+            continue
+        key = f"{name} {target}"
+        n = measured[key] = numbers(kernel, constants, options, target)
+        wrong = list(faults(name, target, n, None if args.measure else budget.get(key)))
+        bad += bool(wrong)
+        print("\n    ".join([f"{name:18s}{target:8s}" + "".join(f"{n[c]:13d}" for c in COLUMNS), *wrong]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({minor: measured}, indent=1) + "\n")
+    if args.measure:
+        keep = {k: {c: n[c] for c in SLACK} for k, n in measured.items()}
+        budgets[minor] = budget | keep
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    print(f"{len(measured)} programs, {bad} over a limit or a budget")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ cache in place of registers: a tile of rows goes through all steps in preallocat
     x_0 = P x + Q out, clamped to [-clip, clip] if clip is given;   x <- A x_0 + B x + C z
 
 Limits. No gradients. sample_chain's kernel: H = 64 or 128 (16 and 32 too when interpreted; H = 256 does not fit without
-spills and runs in PyTorch), D = 1..16, L <= 3 at H = 128, activations within fp16's 65504. The CPU path takes any size.
+spills and runs in PyTorch), D = 1..16, L H <= 384, activations within fp16's 65504. The CPU path takes any size.
 """
 
 import threading
@@ -250,7 +250,7 @@ def chain_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
     BN is 16 rows a warp, for chained products are split over warps by rows alone. num_stages = 1: nothing but biases
     is left to prefetch. The weights take 2 L H^2 bytes, and the rest measured 14 kB at most (`kernels.compile`).
     """
-    if H not in (16, 32, 64, 128):
+    if H not in (16, 32, 64, 128) or L * H > 384:                       # more overflows sm_100's tensor memory in 3.6
         return None
     reload = 2 * L * H * H + 16_384 > shared or (amd and H > 64)
     if reload and 2 * H * H + 16_384 > shared:
@@ -326,7 +326,7 @@ def sample_chain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, fi
     if not 1 <= D <= 16:
         why_not = f"D = {D}, and the kernel takes 1 to 16"
     elif _config_for(x, H, len(w_hidden)) is None:
-        why_not = f"H = {H}, and the kernel takes 64 or 128 where the device has the shared memory"
+        why_not = f"H = {H}, L = {len(w_hidden)}, and the kernel takes H = 64 or 128 with L H <= 384"
     if backend(x, why_not) == "triton":
         return _chain_triton(x, w_in, w_hidden, w_out, b_out, biases, table, seed, first, noise)
     if noise == "none":
