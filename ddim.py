@@ -4,7 +4,7 @@
     sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)                        [1] (16)
 
 eta = 1 is the ancestral sampler of DDPM, eta = 0 is deterministic: Euler's method for the ODE
-d(x / sqrt(abar)) = eps(x, t) d sqrt(1 / abar - 1), [1] (14), which also runs backwards (`encode`): x_T is a latent code.
+d(x / sqrt(abar)) = eps(x, t) d sqrt(1 / abar - 1), [1] (14), which also runs backwards (`encode`), so x_T is a code.
 Training does not know the sampler: `--ckpt` takes what ddpm.py trained; without it this file trains its own.
 Times run t = 0..T with t = 0 the data (abar_0 = 1), so t = 1..T is the paper's; a step goes from t to s < t.
 
@@ -162,6 +162,15 @@ def slerp(z_1: Tensor, z_2: Tensor, share: Tensor) -> Tensor:
 # ---- the hot loops in plain PyTorch; kernels/ holds the fused ones
 
 
+def residual_mlp_plain(x, features, w_in, w_time, b_time, w_out, b_out, *w_hidden):
+    """(B, D), time features (B, E) -> (B, O): residual layers whose biases are linear in the time features."""
+    biases = F.linear(features, w_time, b_time).chunk(len(w_hidden) + 1, 1)
+    h = F.silu(F.linear(x, w_in) + biases[0])
+    for w, b in zip(w_hidden, biases[1:]):
+        h = h + F.silu(F.linear(h, w) + b)
+    return F.linear(h, w_out, b_out)
+
+
 def sample_chain_plain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first=0, noise="philox"):
     """All steps of the MLP's reverse process, x <- A x + B f(x) + C z; biases (S, L + 1, H) hold the time embedding."""
     generator = torch.Generator(x.device).manual_seed((seed + first) % 2**63)
@@ -237,6 +246,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, out: int, alphas_cumprod: Tensor, width: int = 128, depth: int = 3):
         super().__init__()
+        if width < 1 or depth < 1:
+            raise ValueError(f"the network needs a width and a depth of at least 1; got {width} and {depth}")
         self.register_buffer("features", time_features(alphas_cumprod), persistent=False)
         self.bias = nn.Linear(self.features.shape[1], (depth + 1) * width)
         self.inner = nn.Linear(dim, width, bias=False)
@@ -248,11 +259,9 @@ class MLP(nn.Module):
         return self.bias(self.features[t]).view(len(t), len(self.hidden) + 1, -1)             # (B, depth + 1, width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        bias = self.biases(t).unbind(1)
-        h = F.silu(self.inner(x) + bias[0])
-        for layer, b in zip(self.hidden, bias[1:]):
-            h = h + F.silu(layer(h) + b)
-        return self.outer(h)
+        return fused("residual_mlp", residual_mlp_plain)(
+            x, self.features[t], self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias,
+            *(layer.weight for layer in self.hidden))
 
 
 # ---- the family: a schedule, a predictor, and samplers that training does not know
@@ -331,9 +340,10 @@ def main():
         sampling={"sample_steps": (50, "S, the steps of the sampler"), "eta": (0.0, "0 deterministic ... 1 as DDPM"),
                   "spacing": ("trailing", "of the times", ["leading", "trailing", "quadratic"]),
                   "table": (True, "print Table 1: S by eta on these data")},
-        images={"model": "v", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 48, "samples": 500, "table": False})
-    times = timesteps(args.T, args.sample_steps, args.spacing)
+        images={"model": "v", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 32, "samples": 500, "table": False})
     with run.Run(args) as job:
+        times = timesteps(args.T, args.sample_steps, args.spacing)
+        ddim_coefficients(linear_schedule(args.T), times, args.model, args.eta)               # an impossible eta ends here
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
         density = hasattr(truth, "log_prob")
         clip = None if density else 1.0
@@ -391,7 +401,7 @@ def main():
             return metrics.two_dimensional(x, truth) if density else metrics.images(x, truth, classifier=classifier)
 
         results = score(samples)
-        real = (truth.sample(256) if density else truth.scale(truth.sample(64))).to(job.device)
+        real = truth.sample(256 if density else 64).to(job.device)
         *_, z = average.encode(real, times)
         *_, back = average.decode(z, times)
         results["round_trip"] = metrics.metric((back - real).square().mean().sqrt(), 0.0, "rms")

@@ -191,6 +191,15 @@ def fold(coefficients: Tensor) -> Tensor:
 # ---- the hot loops in plain PyTorch; kernels/ holds the fused ones
 
 
+def residual_mlp_plain(x, features, w_in, w_time, b_time, w_out, b_out, *w_hidden):
+    """(B, D), time features (B, E) -> (B, O): residual layers whose biases are linear in the time features."""
+    biases = F.linear(features, w_time, b_time).chunk(len(w_hidden) + 1, 1)
+    h = F.silu(F.linear(x, w_in) + biases[0])
+    for w, b in zip(w_hidden, biases[1:]):
+        h = h + F.silu(F.linear(h, w) + b)
+    return F.linear(h, w_out, b_out)
+
+
 def sample_chain_plain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first=0, noise="philox"):
     """All steps of the MLP's reverse process, x <- A x + B f(x) + C z; biases (S, L + 1, H) hold the time embedding."""
     generator = torch.Generator(x.device).manual_seed((seed + first) % 2**63)
@@ -242,6 +251,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, out: int, alphas_cumprod: Tensor, width: int = 128, depth: int = 3):
         super().__init__()
+        if width < 1 or depth < 1:
+            raise ValueError(f"the network needs a width and a depth of at least 1; got {width} and {depth}")
         self.register_buffer("features", time_features(alphas_cumprod), persistent=False)
         self.bias = nn.Linear(self.features.shape[1], (depth + 1) * width)
         self.inner = nn.Linear(dim, width, bias=False)
@@ -253,11 +264,9 @@ class MLP(nn.Module):
         return self.bias(self.features[t]).view(len(t), len(self.hidden) + 1, -1)             # (B, depth + 1, width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        bias = self.biases(t).unbind(1)
-        h = F.silu(self.inner(x) + bias[0])
-        for layer, b in zip(self.hidden, bias[1:]):
-            h = h + F.silu(layer(h) + b)
-        return self.outer(h)
+        return fused("residual_mlp", residual_mlp_plain)(
+            x, self.features[t], self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias,
+            *(layer.weight for layer in self.hidden))
 
 
 class Block(nn.Module):
@@ -297,8 +306,10 @@ class UNet(nn.Module):
     """A small U-Net for images: (B, C, H, W), t (B,) -> (B, out, H, W). H and W are padded to a multiple of 4. Pixels
     are folded 2x2 into channels first: on a CPU wide and coarse beats narrow and fine."""
 
-    def __init__(self, channels: int, out: int, alphas_cumprod: Tensor, width: int = 48):
+    def __init__(self, channels: int, out: int, alphas_cumprod: Tensor, width: int = 32):
         super().__init__()
+        if width < 16 or width % 16:
+            raise ValueError(f"the width of the U-Net must be a multiple of 16; got {width}")
         c, e = width, 4 * width
         self.register_buffer("features", time_features(alphas_cumprod, 64), persistent=False)
         self.time = nn.Sequential(nn.Linear(64, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -310,12 +321,13 @@ class UNet(nn.Module):
         self.up1, self.up2 = Block(2 * c, c, e), Block(2 * c, c, e)
         self.norm, self.outer = nn.GroupNorm(8, c), nn.Conv2d(c, 4 * out, 3, padding=1)
         nn.init.zeros_(self.outer.weight)
+        self.to(memory_format=torch.channels_last)          # 15 to 25% faster on a CPU
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         e = self.time(self.features[t])
-        x = F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate")
-        h_0 = self.stem(F.pixel_unshuffle(x, 2))            # (B, c, H/2, W/2)
+        x = F.pixel_unshuffle(F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate"), 2)
+        h_0 = self.stem(x.contiguous(memory_format=torch.channels_last))                      # (B, c, H/2, W/2)
         h_1 = self.down1(h_0, e)
         h_2 = self.down2(h_1, e)
         h = self.middle2(self.attention(self.middle1(self.shrink(h_2), e)), e)                # (B, 2c, H/4, W/4)
@@ -490,7 +502,7 @@ def main():
                   "size": (0, "resize images to this many pixels; 0 keeps them")},
         sampling={"sample_steps": (0, "steps of the reverse process; 0 means all T"),
                   "spacing": ("trailing", "of a strided chain", ["leading", "trailing", "quadratic"])},
-        images={"model": "v", "schedule": "cosine", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 48, "samples": 500,
+        images={"model": "v", "schedule": "cosine", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 32, "samples": 500,
                 "sample_steps": 100})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
@@ -527,7 +539,7 @@ def main():
         samples = torch.cat(chunks)
 
         dims = math.prod(truth.shape)
-        held_out = truth.sample(args.T * 8) if density else truth.scale(truth.sample(args.T * 2))
+        held_out = truth.sample(args.T * (8 if density else 2))
         loss, bound = evaluate(average, held_out.to(job.device), 2000 if density else 128)
         if density:
             results = metrics.two_dimensional(samples, truth)
