@@ -259,9 +259,9 @@ class MLP(nn.Module):
         return self.bias(self.features[t]).view(len(t), len(self.hidden) + 1, -1)             # (B, depth + 1, width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return fused("residual_mlp", residual_mlp_plain)(
-            x, self.features[t], self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias,
-            *(layer.weight for layer in self.hidden))
+        weights = self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias
+        hidden = (layer.weight for layer in self.hidden)
+        return fused("residual_mlp", residual_mlp_plain)(x, self.features[t], *weights, *hidden)
 
 
 # ---- the family: a schedule, a predictor, and samplers that training does not know
@@ -336,14 +336,15 @@ def main():
     args = run.parse(
         __doc__, PREDICTIONS, steps=10_000, batch=512, lr=4e-3, reads=("ddpm",),
         training={"T": (1000, "diffusion steps"), "width": (128, "of the network"),
-                  "depth": (3, "residual layers of the MLP"), "size": (0, "resize images to this many pixels; 0 keeps them")},
+                  "depth": (3, "residual layers of the MLP"),
+                  "size": (0, "resize images to this many pixels; 0 keeps them")},
         sampling={"sample_steps": (50, "S, the steps of the sampler"), "eta": (0.0, "0 deterministic ... 1 as DDPM"),
                   "spacing": ("trailing", "of the times", ["leading", "trailing", "quadratic"]),
                   "table": (True, "print Table 1: S by eta on these data")},
         images={"model": "v", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 32, "samples": 500, "table": False})
     with run.Run(args) as job:
         times = timesteps(args.T, args.sample_steps, args.spacing)
-        ddim_coefficients(linear_schedule(args.T), times, args.model, args.eta)               # an impossible eta ends here
+        ddim_coefficients(linear_schedule(args.T), times, args.model, args.eta)           # an impossible eta ends here
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
         density = hasattr(truth, "log_prob")
         clip = None if density else 1.0

@@ -264,9 +264,9 @@ class MLP(nn.Module):
         return self.bias(self.features[t]).view(len(t), len(self.hidden) + 1, -1)             # (B, depth + 1, width)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return fused("residual_mlp", residual_mlp_plain)(
-            x, self.features[t], self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias,
-            *(layer.weight for layer in self.hidden))
+        weights = self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias
+        hidden = (layer.weight for layer in self.hidden)
+        return fused("residual_mlp", residual_mlp_plain)(x, self.features[t], *weights, *hidden)
 
 
 class Block(nn.Module):

@@ -48,6 +48,6 @@ def test_kernel_mlp_dispatch(monkeypatch):
     monkeypatch.setenv("KERNELS", "torch")
     assert type(mlp.residual_mlp(*tensors).grad_fn).__name__ != "ResidualMLPBackward"
     monkeypatch.delenv("KERNELS")
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+    with pytest.raises(RuntimeError, match="does not require grad|differentiate"):
         (g,) = torch.autograd.grad(mlp.residual_mlp(*tensors).sum(), tensors[0], create_graph=True)
         torch.autograd.grad(g.sum(), tensors[2])
