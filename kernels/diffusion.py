@@ -66,7 +66,7 @@ def _chain_tile(x, row, w_in, w_hidden, w_out, b_out, biases, table, seed, first
     (R, D), H = x.shape, w_in.shape[1]
     rows = torch.arange(row, row + R, device=x.device)
     h, a, f = x.new_empty(R, H), x.new_empty(R, H), x.new_empty(R, D)
-    block = max(1, 16384 // (R * ((D + 3) // 4))) if x.device.type == "cpu" else 8  # the generator's words stay in L2
+    block = max(1, 32768 // (R * ((D + 3) // 4))) if x.device.type == "cpu" else 8  # the generator's words stay in L2
     for start in range(0, len(table), block):
         part = table[start : start + block]
         if any(C for _, _, C in part):
