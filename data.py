@@ -85,8 +85,6 @@ class Density:
         return torch.tensor([self._bayes_loss(*level) for level in levels], dtype=torch.float64).reshape(a.shape)
 
     def _bayes_loss(self, a, b):
-        if b == 0:
-            return 1.0
         p, p_x, p_y, weight = self._grid(a, b)
         squares = torch.where(p > 1e-150, (p_x.square() + p_y.square()) / p, 0)   # p |score|^2
         return 1 - b**2 * (weight * squares).sum().item() / self.dim

@@ -43,7 +43,9 @@ def test_density_integrates_to_one(name, a, b):                         # no 2 p
     assert abs(mass - 1) < (0.03 if (name, b) == ("checkerboard", 0) else 1e-6)      # cells cut at the edges
 
 
-@given(names, noise_levels, seeds)
+@pytest.mark.parametrize("name", data.DENSITIES)
+@given(noise_levels, seeds)
+@settings(max_examples=10)
 def test_score_is_the_gradient_of_log_prob(name, level, seed):          # a mean + x; no / safe; slope of wrong sign
     truth, (a, b) = load(name), level
     x = points(truth, a, b, seed).requires_grad_()
@@ -51,7 +53,9 @@ def test_score_is_the_gradient_of_log_prob(name, level, seed):          # a mean
     torch.testing.assert_close(truth.score(x, a, b), gradient, atol=1e-8, rtol=1e-7)
 
 
-@given(names, noise_levels, seeds)
+@pytest.mark.parametrize("name", data.DENSITIES)
+@given(noise_levels, seeds)
+@settings(max_examples=10)
 def test_tweedie(name, level, seed):                                    # std for std**2 in _denoise; b for b^2
     truth, (a, b) = load(name), level
     x = points(truth, a, b, seed)
@@ -61,7 +65,7 @@ def test_tweedie(name, level, seed):                                    # std fo
 @pytest.mark.parametrize("name", data.DENSITIES)
 @pytest.mark.parametrize("a, b", [(1.0, 0.3), (0.5, 0.8), (0.2, 1.0), (1e-6, 1.0), (0.0, 1.0)])
 def test_denoiser_and_its_variance_by_brute_force(name, a, b):          # b.square() for its square; no spread; / d
-    truth, t = load(name), torch.linspace(-2.6, 2.6, 261)
+    truth, t = load(name), torch.linspace(-2.6, 2.6, 201)
     if name == "checkerboard":                                          # midpoints, none on an edge
         t = math.sqrt(3) * ((torch.arange(600) + 0.5) / 300 - 1)
     x_0, x = torch.cartesian_prod(t, t), points(truth, a, b, 0, 4)
@@ -75,7 +79,7 @@ def test_denoiser_and_its_variance_by_brute_force(name, a, b):          # b.squa
 
 
 @pytest.mark.parametrize("name", data.DENSITIES)
-def test_samples_have_mean_0_variance_1_and_the_entropy(name):          # 1 + std^2 in _unit; no mean; entropy's sign
+def test_samples_have_mean_0_variance_1_and_the_entropy(name):          # entropy's sign; 2 * std * noise
     truth, n = load(name), 30_000
     g = torch.Generator().manual_seed(0)
     x = truth.sample(n, g)
@@ -91,7 +95,7 @@ def test_samples_have_mean_0_variance_1_and_the_entropy(name):          # 1 + st
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_moments_are_exact_by_construction(name):                       # points.std for points.var
+def test_moments_are_exact_by_construction(name):                       # 1 + std^2; no mean; std for var
     truth = load(name)
     torch.testing.assert_close(truth.means.mean(0), torch.zeros(2), atol=1e-12, rtol=0)
     torch.testing.assert_close(truth.means.var(0, unbiased=False) + truth.std**2, torch.ones(2))
@@ -259,8 +263,8 @@ def test_levels_a_row_dtype_shape_and_blocks(name, seed):               # blocks
         single = function(x.float(), a.float(), b.float())
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), whole, rtol=1e-3, atol=1e-3)
-    many = x.repeat(2500, 1)
-    torch.testing.assert_close(truth.log_prob(many, 0.7, 0.5), truth.log_prob(x, 0.7, 0.5).repeat(2500))
+    many = x.repeat(800, 1)
+    torch.testing.assert_close(truth.log_prob(many, 0.7, 0.5), truth.log_prob(x, 0.7, 0.5).repeat(800))
 
 
 @pytest.mark.parametrize("name", ["gmm", "checkerboard", "persian"])
@@ -305,14 +309,14 @@ def test_persian_split_is_disjoint_and_without_doubles():               # no np.
     assert len(set(rows)) == len(rows)
 
 
-def test_persian_digits_are_told_apart_and_vary():                      # one font; one digit; no thickness
+def test_persian_digits_are_told_apart_and_vary():                      # one font; no thickness
     images = load("persian")
     ink = images.train.double().flatten(1)
     means = torch.stack([ink[images.train_labels == c].mean(0) for c in range(10)])
     guess = torch.cdist(images.test.double().flatten(1), means).argmin(1)
     assert 0.55 < (guess == images.test_labels).double().mean()
     amount = torch.stack([ink[images.train_labels == c].sum(1) for c in range(10)])
-    assert 80 < amount.mean() < 160 and (amount.std(1) / amount.mean(1) > 0.2).all() and amount.min() > 0
+    assert 80 < amount.mean() < 160 and (amount.std(1) / amount.mean(1) > 0.31).all() and amount.min() > 0
     assert amount.mean(1).argmin() == 0                                 # the zero is a dot
     edge = torch.cat([images.train[:, 0, [0, -1]].flatten(), images.train[:, 0, :, [0, -1]].flatten()])
     assert edge.double().mean() < 0.01                                  # nothing is cut at the border
@@ -348,8 +352,9 @@ def test_unscale_undoes_scale(levels, seed):                            # levels
     scaled = images.scale(x)
     assert scaled.dtype == torch.float32 and scaled[0] == -1 and abs(scaled[-1] - 1) < 1e-6
     torch.testing.assert_close(scaled.diff(), torch.full((levels - 1,), 2 / (levels - 1), dtype=torch.float32))
-    back = images.unscale(scaled + 0.4 / (levels - 1))
-    assert back.dtype == torch.uint8 and torch.equal(back, x)
+    for off in (-0.9, 0.9):                                             # almost half a level
+        back = images.unscale(scaled + off / (levels - 1))
+        assert back.dtype == torch.uint8 and torch.equal(back, x)
     assert images.unscale(torch.tensor([-7.0, 7.0])).tolist() == [0, levels - 1]
 
 
