@@ -6,10 +6,9 @@
 Shapes: x (B, D), features (B, E), w_in (H, D), w_time ((L + 1) H, E), b_time ((L + 1) H,), w_hidden L times (H, H),
 w_out (O, H), b_out (O,) -> (B, O).
 
-Eager autograd runs some 45 operators and as many nodes a training step; at batch 512 and width 128 they cost more than
-the arithmetic. Here the gradient is written by hand, 5 + 4 L operators, all time embeddings in one product whose result
-the layers add to in place. On other devices, and for any other type of input, it is the plain function: a GPU's time
-goes elsewhere, see diffusion.py.
+Eager autograd makes some 45 operators and as many nodes of a training step; at batch 512 and width 128 they cost as
+much as the arithmetic. Here the gradient is written by hand: one workspace for all states, products that add in place,
+one node. On other devices it is the plain function: a GPU's time goes elsewhere, see diffusion.py.
 """
 
 import os
@@ -30,33 +29,35 @@ def residual_mlp_reference(x, features, w_in, w_time, b_time, w_out, b_out, *w_h
 class ResidualMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, features, w_in, w_time, b_time, w_out, b_out, *w_hidden):
-        before = torch.addmm(b_time, features, w_time.t())                  # (B, (L + 1) H), what silu is applied to
-        layers = before.chunk(len(w_hidden) + 1, 1)
-        h = F.silu(layers[0].addmm_(x, w_in.t()))
-        states = [h]                                                        # h after each layer, (B, H)
-        for w, a in zip(w_hidden, layers[1:]):
-            h = F.silu(a.addmm_(h, w.t())).add_(h)
-            states.append(h)
-        ctx.save_for_backward(x, features, w_in, w_time, w_out, before, *w_hidden, *states)
-        return torch.addmm(b_out, h, w_out.t())
+        layers = len(w_hidden) + 1
+        before, h = x.new_empty(2, layers, len(x), len(w_in))               # what silu is applied to; the states
+        for i, (w, b) in enumerate(zip(w_time.chunk(layers), b_time.chunk(layers))):
+            torch.addmm(b, features, w.t(), out=before[i])
+            before[i].addmm_(h[i - 1] if i else x, (w_hidden[i - 1] if i else w_in).t())
+            torch.ops.aten.silu.out(before[i], out=h[i])
+            if i:
+                h[i].add_(h[i - 1])
+        ctx.save_for_backward(x, features, w_in, w_time, w_out, before, h, *w_hidden)
+        return torch.addmm(b_out, h[-1], w_out.t())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_out):
-        x, features, w_in, w_time, w_out, before, *rest = ctx.saved_tensors
-        w_hidden, states = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        g_before = torch.empty_like(before)
-        layers, g_layers = before.chunk(len(states), 1), g_before.chunk(len(states), 1)
-        g_h, g_hidden = g_out.mm(w_out), [None] * len(w_hidden)
-        for i in reversed(range(len(states))):
-            torch.ops.aten.silu_backward.grad_input(g_h, layers[i], grad_input=g_layers[i])
+        x, features, w_in, w_time, w_out, before, h, *w_hidden = ctx.saved_tensors
+        layers, g_h = len(before), g_out.mm(w_out)
+        g, g_time, g_bias, g_hidden = torch.empty_like(g_h), torch.empty_like(w_time), x.new_empty(len(w_time)), []
+        g_features = torch.zeros_like(features) if ctx.needs_input_grad[1] else None
+        for i in reversed(range(layers)):
+            torch.ops.aten.silu_backward.grad_input(g_h, before[i], grad_input=g)
+            torch.mm(g.t(), features, out=g_time.chunk(layers)[i])
+            torch.sum(g, 0, out=g_bias.chunk(layers)[i])
+            if g_features is not None:
+                g_features.addmm_(g, w_time.chunk(layers)[i])
             if i:
-                g_hidden[i - 1] = g_layers[i].t().mm(states[i - 1])
-                g_h.addmm_(g_layers[i], w_hidden[i - 1])                    # the skip keeps g_h
-        return (g_layers[0].mm(w_in) if ctx.needs_input_grad[0] else None,
-                g_before.mm(w_time) if ctx.needs_input_grad[1] else None,
-                g_layers[0].t().mm(x), g_before.t().mm(features), g_before.sum(0),
-                g_out.t().mm(states[-1]), g_out.sum(0), *g_hidden)
+                g_hidden.insert(0, g.t().mm(h[i - 1]))
+                g_h.addmm_(g, w_hidden[i - 1])                              # the skip keeps g_h
+        g_x = g.mm(w_in) if ctx.needs_input_grad[0] else None
+        return g_x, g_features, g.t().mm(x), g_time, g_bias, g_out.t().mm(h[-1]), g_out.sum(0), *g_hidden
 
 
 def residual_mlp(x, features, w_in, w_time, b_time, w_out, b_out, *w_hidden) -> Tensor:
