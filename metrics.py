@@ -180,7 +180,8 @@ def frechet(x, y) -> float:
         return math.inf
     if min(len(x), len(y)) < 2:
         raise ValueError("a covariance needs two points")
-    return frechet_gaussian(x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T)).clamp_min(0).item()
+    cov_x, cov_y = (torch.atleast_2d(torch.cov(z.T)) for z in (x, y))
+    return frechet_gaussian(x.mean(0), cov_x, y.mean(0), cov_y).clamp_min(0).item()
 
 
 def two_dimensional(samples, truth, seed: int = 0) -> dict[str, dict]:
@@ -347,9 +348,8 @@ def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None 
         recognised = lambda probabilities, features: (probabilities.amax(-1) >= 0.9).double().mean()
         distance = lambda probabilities, features: frechet(features, judged["reference"][1])
         both = lambda f, unit, better: metric(f(*judged["fake"]), f(*judged["second"]), unit, better)
-        out["class_balance"] = both(class_balance, "points", "lower")
-        out["recognised"] = both(recognised, "share", "higher")
-        out["classifier_frechet"] = both(distance, "", "lower")
+        out = {"class_balance": both(class_balance, "points", "lower"),
+               "recognised": both(recognised, "share", "higher"), "classifier_frechet": both(distance, "", "lower")}
         right = [judged["second"][0].argmax(-1) == truth.test_labels[held_out[:n]].cpu(),
                  judged["reference"][0].argmax(-1) == truth.test_labels[held_out[-n:]].cpu()]
         out["classifier_accuracy"] = metric(torch.cat(right).double().mean(), None, "share", "higher")
@@ -459,7 +459,7 @@ def _show_tile(ax, x, side: int, levels: int):
 def _scatter(ax, x, color, size: float = 2.0, most: int = 5000):
     x = torch.as_tensor(x).detach().float().cpu()
     inside = (x.abs() <= EXTENT).all(-1)                                        # NaN is outside
-    shown = x[inside][:most]
+    shown = x[inside][:most].numpy()
     alpha = min(1.0, 0.3 + 300 / max(1, len(shown)))
     ax.scatter(shown[:, 0], shown[:, 1], s=size, color=color, alpha=alpha, linewidths=0)
     _plane(ax)
@@ -481,7 +481,7 @@ def samples_picture(path, real, fake, truth=None, levels: int = 256):
 
             axis = _axis(300, EXTENT)
             density = truth.log_prob(torch.cartesian_prod(axis, axis), 1.0, 0.03).exp().view(300, 300)
-            axes[0, 0].imshow(density.sqrt().T.cpu(), origin="lower", extent=(-EXTENT, EXTENT) * 2,
+            axes[0, 0].imshow(density.sqrt().T.cpu().numpy(), origin="lower", extent=(-EXTENT, EXTENT) * 2,
                               cmap=LinearSegmentedColormap.from_list("ink", [PAPER, INK]), interpolation="bilinear")
             _plane(axes[0, 0])
             _title(axes[0, 0], "true density")
