@@ -339,9 +339,10 @@ def main():
                   "depth": (3, "residual layers of the MLP"),
                   "size": (0, "resize images to this many pixels; 0 keeps them")},
         sampling={"sample_steps": (50, "S, the steps of the sampler"), "eta": (0.0, "0 deterministic ... 1 as DDPM"),
-                  "spacing": ("trailing", "of the times", ["leading", "trailing", "quadratic"]),
+                  "spacing": ("quadratic", "of the times", ["leading", "trailing", "quadratic"]),
                   "table": (True, "print Table 1: S by eta on these data")},
-        images={"model": "v", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 32, "samples": 500, "table": False})
+        images={"model": "v", "steps": 3000, "batch": 64, "lr": 1e-3, "width": 32, "samples": 500,
+                "spacing": "trailing", "table": False})
     with run.Run(args) as job:
         times = timesteps(args.T, args.sample_steps, args.spacing)
         ddim_coefficients(linear_schedule(args.T), times, args.model, args.eta)           # an impossible eta ends here

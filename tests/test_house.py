@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import sys
 
 import pytest
@@ -80,3 +81,10 @@ def test_names_that_ought_to_be_there():
     for name in ("LICENSE", "README.md", "Makefile", "pyproject.toml", "requirements.txt", ".ci/run"):
         assert (ROOT / name).is_file(), name
     assert (ROOT / "README.md").read_text().count("\n") <= 150
+
+
+def test_the_pins_of_pip_and_uv_are_the_same():
+    pins = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.findall(r'^    "([a-z]+[=>][^"]+)"', project, re.M)
+    assert pins == set(listed)
