@@ -79,6 +79,8 @@ def compiled(kernel, constants, options, target):
             signature[name] = "*fp16" if name in ("w_hidden_ptr", "w_out_ptr") else "*fp32"
             pointers[i,] = [["tt.divisibility", 16]]
         else:
+            if name == "n" and kernel is diffusion.step_kernel:         # an image's size
+                pointers[i,] = [["tt.divisibility", 16]]
             signature[name] = "fp32" if name in ("P", "Q", "A", "B", "C", "clip") else "i32"
     source = ASTSource(kernel, signature, constants, pointers)
     gpu = GPUTarget("hip", "gfx942", 64) if target in AMD else GPUTarget("cuda", int(target[3:]), 32)

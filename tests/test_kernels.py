@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ from kernels._runtime import INTERPRET, tl, triton
 ROOT = pathlib.Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-needs_triton = pytest.mark.skipif(triton is None or not (GPU or INTERPRET), reason="no Triton to run or interpret")
+# Triton 3.6 interprets a run-time range with NumPy below 2.4 only (triton#9171); compiled, it has no such limit
+OLD = triton is not None and triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
+needs_triton = pytest.mark.skipif(triton is None or not (GPU or INTERPRET and not OLD), reason="no Triton to run or interpret")
 needs_gpu = pytest.mark.skipif(not GPU or triton is None, reason="no GPU")
 seeds = st.integers(0, 2**64 - 1)
 
@@ -170,7 +173,7 @@ def test_kernel_chain_on_the_cpu_equals_the_reference(N, D, H, L, S, seed, first
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_kernel_chain_on_the_cpu_joins_its_tiles(threads, monkeypatch):  # a tile's rows
     before = torch.get_num_threads()
-    arguments = problem(2 * 4096 + 77, 2, 32, 1, 5)
+    arguments = problem(2 * 4096 + 77, 2, 32, 1, 11)                   # two blocks of noise a tile
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     y = kernels.sample_chain(*arguments, 3)
     monkeypatch.undo()
@@ -178,11 +181,17 @@ def test_kernel_chain_on_the_cpu_joins_its_tiles(threads, monkeypatch):  # a til
     close(y, exact(arguments, 3), 3e-6)
 
 
-def test_kernel_chain_leaves_the_thread_count_and_its_input_alone():
-    before, arguments = torch.get_num_threads(), problem(9000, 2, 64, 1, 2)
-    copies = [t.clone() for t in arguments]
+def test_kernel_chain_leaves_its_surroundings_alone(monkeypatch):       # the count of threads not put back
+    arguments = problem(9000, 2, 64, 1, 2)
+    copies, calls = [t.clone() for t in arguments], []
+    before, change = torch.get_num_threads(), torch.set_num_threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: calls.append(n) or change(n))
     y = kernels.sample_chain(*arguments, 3)
-    assert torch.get_num_threads() == before and all(torch.equal(a, b) for a, b in zip(arguments, copies))
+    monkeypatch.undo()
+    torch.set_num_threads(before)
+    assert calls[-1] == 2 and set(calls[:-1]) == {1}
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies))
     (y * torch.ones(2, requires_grad=True, dtype=torch.float32)).sum().backward()            # not an inference tensor
 
 
@@ -197,11 +206,12 @@ def test_kernel_chain_equals_the_reference(N, D, H, L, S, seed, first):  # x_lo 
 
 
 @needs_triton
-def test_kernel_chain_splits_the_first_layer_in_two_parts():            # drop x_lo or w_lo: the error grows 50 times
-    arguments = list(problem(40, 3, 64, 0, 1))
-    arguments[0] = arguments[0] + 30                                    # fp16 alone would round x by 0.01
-    arguments[1] = arguments[1] / 30
-    close(interpreted(arguments, 1), exact(arguments, 1), 3e-5)
+def test_kernel_chain_splits_the_first_layer_in_two_parts():            # drop the product with x_lo, or that with w_lo
+    x, w_in, *rest, biases, table = problem(40, 2, 64, 0, 1)
+    w_in[:, 1] = w_in[:, 1] / 100 - w_in[:, 0]                          # large numbers that cancel: fp16 alone rounds
+    table[:] = torch.tensor([0.0, 1.0, 0.0])                            # x by 0.03
+    arguments = x + 100, w_in, *rest, biases, table
+    close(interpreted(arguments, 1), exact(arguments, 1), 1e-3)
 
 
 @needs_triton
