@@ -539,8 +539,8 @@ def main():
         samples = torch.cat(chunks)
 
         dims = math.prod(truth.shape)
-        held_out = truth.sample(args.T * (8 if density else 2))
-        loss, bound = evaluate(average, held_out.to(job.device), 2000 if density else 128)
+        held_out = truth.sample(args.T * (64 if density else 2))
+        loss, bound = evaluate(average, held_out.to(job.device), 4000 if density else 128)
         if density:
             results = metrics.two_dimensional(samples, truth)
             results["elbo"] = metrics.metric(-bound, -truth.entropy, "nats", "higher")
