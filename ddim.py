@@ -393,7 +393,7 @@ def main():
             return (x if density else truth.unscale(x)), frames
 
         began = time.perf_counter()
-        samples, frames = draw(args.sample_steps, args.eta, min(24, args.sample_steps))
+        samples, frames = draw(args.sample_steps, args.eta, min(48, args.sample_steps))
         seconds = time.perf_counter() - began
         classifier = None
         if not density and truth.train_labels is not None:

@@ -526,7 +526,7 @@ def main():
                 pass
 
         began, chunks, frames = time.perf_counter(), [], {}
-        parts = min(24, len(times))
+        parts = min(48, len(times))
         shown = [[*times, 0][round(k * len(times) / parts)] for k in range(parts + 1)]
         rows = args.samples if density else 128             # images: what stays near the cache
         with job.bar(-(-args.samples // rows) * (parts + 1), "sampling") as bar:

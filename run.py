@@ -409,10 +409,12 @@ class Run:
         if frames:
             labels = list(frames)
             if len(labels) > 8:
-                labels = [labels[round(i * (len(labels) - 1) / 7)] for i in range(8)]
+                at = [1 - (1 - i / 7) ** 2 for i in range(8)]           # most happens near the end
+                labels = [labels[round(a * (len(labels) - 1))] for a in at]
             measure.strip_picture(self.folder / "process.png", [frames[k] for k in labels], labels, levels)
             measure.gif(self.folder / "process.gif", list(frames.values()), levels=levels)
         if self.rows:
-            measure.curves_picture(self.folder / "curves.png", self.rows, self.floors)
+            rows = [{k: v for k, v in row.items() if k != "seconds"} for row in self.rows]
+            measure.curves_picture(self.folder / "curves.png", rows, self.floors)
         print(measure.table(metrics))
         print(f"trained {self.seconds:.1f} s, sampled {sample_seconds:.1f} s; pictures and numbers in {self.folder}/")
