@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy
 import pytest
@@ -329,6 +330,21 @@ def test_kernel_dispatch_follows_the_environment(monkeypatch):
     monkeypatch.setenv("KERNELS", "cuda")
     with pytest.raises(ValueError, match="KERNELS=cuda: it is torch, triton or auto"):
         kernels.backend(arguments[0])
+
+
+@needs_triton
+def test_kernel_choice_on_a_gpu(monkeypatch):                           # a reason, or KERNELS=torch, ignored
+    gpu = types.SimpleNamespace(device=torch.device("cuda"))            # no GPU is needed to ask
+    monkeypatch.setattr(_runtime, "INTERPRET", False)
+    for choice, why_not, name in (("auto", "", "triton"), ("auto", "odd", "torch"), ("torch", "", "torch"),
+                                  ("triton", "", "triton")):
+        monkeypatch.setenv("KERNELS", choice)
+        assert kernels.backend(gpu, why_not) == name
+    with pytest.raises(RuntimeError, match="cannot run: odd"):
+        kernels.backend(gpu, "odd")
+    monkeypatch.setattr(_runtime, "INTERPRET", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        kernels.backend(gpu)
 
 
 def test_kernel_errors_say_what_was_wanted():
