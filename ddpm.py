@@ -502,8 +502,8 @@ def main():
                   "size": (0, "resize images to this many pixels; 0 keeps them")},
         sampling={"sample_steps": (0, "steps of the reverse process; 0 means all T"),
                   "spacing": ("trailing", "of a strided chain", ["leading", "trailing", "quadratic"])},
-        images={"model": "v", "schedule": "cosine", "variance": "large", "steps": 3000, "batch": 64, "lr": 2e-3, "width": 32,
-                "samples": 500, "sample_steps": 100})
+        images={"model": "v", "schedule": "cosine", "variance": "large", "steps": 3000, "batch": 64, "lr": 2e-3,
+                "width": 32, "samples": 500, "sample_steps": 100})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
         density = hasattr(truth, "log_prob")

@@ -390,13 +390,15 @@ class Run:
             from triton import __version__ as triton_version
         except ModuleNotFoundError:
             triton_version = None
+        finite = {name: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}
+                  for name, m in metrics.items()}          # JSON knows no infinity
         result = {"script": args.script, "model": args.model, "dataset": args.dataset, "seed": args.seed,
                   "device": str(self.device), "torch": torch.__version__, "triton": triton_version,
                   "steps": args.steps, "train_seconds": round(self.seconds, 2),
                   "sample_seconds": round(sample_seconds, 3), "samples": 0 if samples is None else len(samples),
                   "parameters": parameters,
                   "options": {k: v for k, v in vars(args).items() if k not in ("remembered", "script")},
-                  **extra, "metrics": metrics}
+                  **extra, "metrics": finite}
         write(self.folder / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
         if samples is not None:
             samples = np.asarray(samples)
