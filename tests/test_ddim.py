@@ -190,6 +190,22 @@ def test_decoding_undoes_encoding_to_first_order(prediction):                   
     assert all(1.5 < a / b < 2.7 for a, b in zip(errors, errors[1:]))          # halves as S doubles: O(1 / S)
 
 
+@pytest.mark.parametrize("prediction", ddim.PREDICTIONS)
+def test_encoding_is_eulers_method_from_where_it_stands(prediction):            # asked at the end of the step
+    """d(x / sqrt(abar)) = eps d sqrt(1 / abar - 1), [1] (14), eps at the start of each step; at t = 1 for the first."""
+    abar = ddim.linear_schedule(30)
+    model = exact(gaussian(0.5, 0.3), abar, prediction, 1)
+    x = z = torch.tensor([[0.7], [-1.2]])
+    for begin, end, asked in ((0, 10, 1), (10, 30, 10)):
+        a = abar[asked]
+        x_0 = gaussian(0.5, 0.3)(z, a.sqrt(), (1 - a).sqrt())
+        eps = (z - a.sqrt() * x_0) / (1 - a).sqrt()
+        time = lambda t: (1 / abar[t] - 1).sqrt()
+        z = abar[end].sqrt() * (z / abar[begin].sqrt() + (time(end) - time(begin)) * eps)
+    *_, code = model.encode(x, [30, 10])
+    close(code, z, atol=1e-5, rtol=1e-5)
+
+
 def test_codes_of_gaussian_data_are_standard_normal_at_any_S():                 # the last step of encoding left out
     """For N(0, 1) the ODE is a rotation of nothing: x_T = x_0 up to the error of Euler's method."""
     abar = ddim.linear_schedule(1000)
