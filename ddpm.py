@@ -98,8 +98,9 @@ def like(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def q_sample(x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
-    return like(abar.sqrt(), x_0) * x_0 + like((1 - abar).sqrt(), x_0) * eps                  # [1] (4)
+def q_sample(x_0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x_t of a = sqrt(abar_t) and b = sqrt(1 - abar_t), (B,) each."""
+    return like(a, x_0) * x_0 + like(b, x_0) * eps                                            # [1] (4)
 
 
 def q_posterior(x_0: Tensor, x_t: Tensor, abar_t: Tensor, abar_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +111,10 @@ def q_posterior(x_0: Tensor, x_t: Tensor, abar_t: Tensor, abar_s: Tensor) -> tup
     return mean, beta * (1 - abar_s) / (1 - abar_t)
 
 
-def target(prediction: str, x_0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
+def target(prediction: str, x_0: Tensor, eps: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """What the network should say."""
     if prediction == "v":
-        return like(abar.sqrt(), eps) * eps - like((1 - abar).sqrt(), x_0) * x_0              # [3] section 4
+        return like(a, eps) * eps - like(b, x_0) * x_0                                        # [3] section 4
     return {"eps": eps, "x0": x_0}[prediction]
 
 
@@ -191,13 +192,12 @@ def fold(coefficients: Tensor) -> Tensor:
 # ---- the hot loops in plain PyTorch; kernels/ holds the fused ones
 
 
-def residual_mlp_plain(x, features, w_in, w_time, b_time, w_out, b_out, *w_hidden):
-    """(B, D), time features (B, E) -> (B, O): residual layers whose biases are linear in the time features."""
-    biases = F.linear(features, w_time, b_time).chunk(len(w_hidden) + 1, 1)
-    h = F.silu(F.linear(x, w_in) + biases[0])
-    for w, b in zip(w_hidden, biases[1:]):
-        h = h + F.silu(F.linear(h, w) + b)
-    return F.linear(h, w_out, b_out)
+def residual_mlp_plain(x, features, w_in, w_hidden, w_out, b_out):
+    """(B, D), time features (B, E) -> (B, O): residual layers that read the features beside their state."""
+    h = F.silu(torch.cat([x, features], 1) @ w_in)
+    for w in w_hidden:
+        h = h + F.silu(torch.cat([h, features], 1) @ w)
+    return h @ w_out + b_out
 
 
 def sample_chain_plain(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first=0, noise="philox"):
@@ -238,35 +238,37 @@ def fused(name, plain):
 
 
 def time_features(alphas_cumprod: Tensor, size: int = 32) -> Tensor:
-    """(T + 1, size) sines and cosines of log SNR / 10: a noise level looks the same under any schedule."""
+    """(T + 1, size): 1, log SNR / 10, its sines and cosines. A noise level looks the same under any schedule."""
     log_snr = (alphas_cumprod.log() - (1 - alphas_cumprod).log()).clamp(-20, 20) / 10
-    frequencies = torch.logspace(math.log10(0.3), math.log10(8), size // 2, dtype=alphas_cumprod.dtype)
+    frequencies = torch.logspace(math.log10(0.3), math.log10(8), size // 2 - 1, dtype=alphas_cumprod.dtype)
     angles = log_snr[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1).to(torch.get_default_dtype())
+    constant, line = torch.ones_like(log_snr)[:, None], log_snr[:, None]
+    return torch.cat([constant, line, angles.sin(), angles.cos()], 1).to(torch.get_default_dtype())
 
 
 class MLP(nn.Module):
-    """Residual MLP for vectors: (B, dim), t (B,) -> (B, out). Time enters as the bias of each layer, so that sampling,
-    where all rows share t, reads the biases from a table."""
+    """Residual MLP for vectors: (B, dim), t (B,) -> (B, out). Each layer reads [state, features of t]; in sampling,
+    where all rows share t, the features' part is a table of biases."""
 
     def __init__(self, dim: int, out: int, alphas_cumprod: Tensor, width: int = 128, depth: int = 3):
         super().__init__()
         if width < 1 or depth < 1:
             raise ValueError(f"the network needs a width and a depth of at least 1; got {width} and {depth}")
         self.register_buffer("features", time_features(alphas_cumprod), persistent=False)
-        self.bias = nn.Linear(self.features.shape[1], (depth + 1) * width)
-        self.inner = nn.Linear(dim, width, bias=False)
-        self.hidden = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
-        self.outer = nn.Linear(width, out)
-        nn.init.zeros_(self.outer.weight)
-
-    def biases(self, t: Tensor) -> Tensor:
-        return self.bias(self.features[t]).view(len(t), len(self.hidden) + 1, -1)             # (B, depth + 1, width)
+        E, block = self.features.shape[1], lambda *shape: (2 * torch.rand(shape) - 1) / shape[-2] ** 0.5
+        self.w_in = nn.Parameter(torch.cat([block(dim, width), block(E, width)]))             # as nn.Linear starts
+        self.w_hidden = nn.Parameter(torch.cat([block(depth, width, width), block(depth, E, width)], 1))
+        self.w_out, self.b_out = nn.Parameter(torch.zeros(width, out)), nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        weights = self.inner.weight, self.bias.weight, self.bias.bias, self.outer.weight, self.outer.bias
-        hidden = (layer.weight for layer in self.hidden)
-        return fused("residual_mlp", residual_mlp_plain)(x, self.features[t], *weights, *hidden)
+        weights = self.w_in, self.w_hidden, self.w_out, self.b_out
+        return fused("residual_mlp", residual_mlp_plain)(x, self.features[t], *weights)
+
+    def chain(self, t: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The weights of sample_chain, and the features' part as biases (S, depth + 1, width) of the times t (S,)."""
+        E, f = self.features.shape[1], self.features[t]
+        biases = torch.stack([f @ w[-E:] for w in (self.w_in, *self.w_hidden)], 1)
+        return [self.w_in[:-E].T, self.w_hidden[:, :-E].mT, self.w_out.T, self.b_out], biases
 
 
 class Block(nn.Module):
@@ -354,16 +356,17 @@ class Diffusion(nn.Module):
         self.shape, self.prediction, self.variance, self.levels = tuple(shape), prediction, variance, levels
         self.T = len(alphas_cumprod) - 1
         self.register_buffer("alphas_cumprod", alphas_cumprod)          # float64: 1 - abar_1 = 1e-4 wants the digits
+        scales = torch.stack([alphas_cumprod, 1 - alphas_cumprod]).sqrt().to(torch.get_default_dtype())
+        self.register_buffer("scales", scales, persistent=False)        # (2, T + 1): of x_0 and of eps in x_t
         out = shape[0] * (2 if variance == "learned" else 1)
         self.network = (MLP(shape[0], out, alphas_cumprod, width, depth) if len(shape) == 1
                         else UNet(shape[0], out, alphas_cumprod, width))
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
         """L_simple, and with learned variance 0.001 T times the bound's term, its mean held fixed. [2] (16)"""
-        abar = self.alphas_cumprod[t]
-        x_t = q_sample(x_0, eps, abar)
-        out = self.network(x_t, t)
-        wanted = target(self.prediction, x_0, eps, abar)
+        a, b = self.scales[:, t]
+        x_t = q_sample(x_0, eps, a, b)
+        out, wanted = self.network(x_t, t), target(self.prediction, x_0, eps, a, b)
         if self.variance != "learned":
             return {"loss": F.mse_loss(out, wanted)}
         out, fraction = out.chunk(2, 1)
@@ -397,7 +400,7 @@ class Diffusion(nn.Module):
 
     def bound(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """(B,) nats an example: the term of time t of -log p(x_0) <= L_T + sum of the terms. [1] (5)"""
-        x_t = q_sample(x_0, eps, self.alphas_cumprod[t])
+        x_t = q_sample(x_0, eps, *self.scales[:, t])
         return self._bound_term(x_0, x_t, self.network(x_t, t), t).flatten(1).sum(1)
 
     def prior_kl(self, x_0: Tensor) -> Tensor:
@@ -425,9 +428,8 @@ class Diffusion(nn.Module):
         cuts = [round(k * len(coefficients) / parts) for k in range(parts + 1)]
         yield x
         if isinstance(self.network, MLP) and self.variance != "learned" and not self.levels:
-            chain, net = fused("sample_chain", sample_chain_plain), self.network
-            weights = net.inner.weight, torch.stack([w.weight for w in net.hidden]), net.outer.weight, net.outer.bias
-            biases, linear = net.biases(table["t"]), fold(coefficients).to(x.device)
+            chain, (weights, biases) = fused("sample_chain", sample_chain_plain), self.network.chain(table["t"])
+            linear = fold(coefficients).to(x.device)
             for a, b in zip(cuts, cuts[1:]):
                 x = chain(x, *weights, biases[a:b], linear[a:b], seed, first=a)
                 yield x
@@ -454,13 +456,12 @@ def train(model: Diffusion, average: nn.Module, optimizer, batches, steps: int, 
     weights, averages = list(model.parameters()), list(average.parameters())
     for step in range(start, steps):
         x_0 = next(batches)
-        eps, u = torch.randn_like(x_0), torch.rand(len(x_0), device=x_0.device)
-        # one t in each of B equal parts of 1..T: as uniform as independent draws, with less variance
-        t = 1 + ((torch.arange(len(x_0), device=x_0.device) + u) / len(x_0) * model.T).long().clamp(max=model.T - 1)
+        eps, t = torch.randn_like(x_0), torch.randint(1, model.T + 1, (len(x_0),), device=x_0.device)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         losses = model.loss(x_0[share], t[share], eps[share])
-        optimizer.zero_grad()
+        for w in weights:                                   # optimizer.zero_grad, without its 0.1 ms
+            w.grad = None
         sum(losses.values()).backward()
         optimizer.step()
         with torch.no_grad():

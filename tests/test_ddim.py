@@ -33,7 +33,7 @@ class Exact(torch.nn.Module):
         abar = self.alphas_cumprod[t[:1]]
         a, b = abar.sqrt(), (1 - abar).sqrt()
         x_0 = self.denoise(x, a, b)
-        return ddim.target(self.prediction, x_0, (x - a * x_0) / b, abar)
+        return ddim.target(self.prediction, x_0, (x - a * x_0) / b, a, b)
 
 
 def gaussian(s, m=0.0):
@@ -111,7 +111,7 @@ def test_predictions_give_back_data_and_noise(abar, prediction, seed):          
     x_0, eps = torch.randn(1, 2, generator=g), torch.randn(1, 2, generator=g)
     abar = torch.tensor([abar])
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
-    out = ddim.target(prediction, x_0, eps, abar)
+    out = ddim.target(prediction, x_0, eps, abar.sqrt(), (1 - abar).sqrt())
     for weights, wanted in ((ddim.x0_weights, x_0), (ddim.eps_weights, eps)):
         P, Q = weights(prediction, abar)
         close(P * x_t + Q * out, wanted)
@@ -284,8 +284,8 @@ def test_loss_is_the_simple_loss_and_training_lowers_it():                      
         ours = ddim.DDIM((2,), schedule, ddim.MLP(2, 2, schedule, 16), prediction)
         theirs = ddpm.Diffusion((2,), schedule, prediction, width=16)
         theirs.network.load_state_dict(ours.network.state_dict())
-        torch.nn.init.normal_(ours.network.outer.weight)
-        theirs.network.outer.weight.data.copy_(ours.network.outer.weight)
+        torch.nn.init.normal_(ours.network.w_out)
+        theirs.network.w_out.data.copy_(ours.network.w_out)
         x_0, eps, t = truth.sample(50), torch.randn(50, 2), torch.randint(1, 101, (50,))
         close(ours.loss(x_0, t, eps), theirs.loss(x_0, t, eps)["loss"])
     model = ddim.DDIM((2,), schedule, ddim.MLP(2, 2, schedule, 64, 2))

@@ -13,7 +13,7 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.in
 
 def draw(B, D, H, L, O, E=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    shapes = [(B, D), (B, E), (H, D), ((L + 1) * H, E), ((L + 1) * H,), (O, H), (O,), *[(H, H)] * L]
+    shapes = [(B, D), (B, E), (D + E, H), (L, H + E, H), (H, O), (O,)]
     return [torch.randn(s, generator=g).requires_grad_() for s in shapes]
 
 
