@@ -341,7 +341,7 @@ def main():
         sampling={"sample_steps": (50, "S, the steps of the sampler"), "eta": (0.0, "0 deterministic ... 1 as DDPM"),
                   "spacing": ("quadratic", "of the times", ["leading", "trailing", "quadratic"]),
                   "table": (True, "print Table 1: S by eta on these data")},
-        images={"model": "v", "steps": 3000, "batch": 64, "lr": 2e-3, "width": 32, "samples": 500,
+        images={"model": "x0", "steps": 4000, "batch": 32, "lr": 2e-3, "width": 32, "samples": 500,
                 "spacing": "trailing", "table": False})
     with run.Run(args) as job:
         times = timesteps(args.T, args.sample_steps, args.spacing)
