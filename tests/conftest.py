@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -29,3 +30,20 @@ def real_data():
     if not SHARED.is_dir():
         pytest.skip("the real data samples are not here")
     return SHARED
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Run a script's main() in this process: (exit status, standard error, folder of results)."""
+
+    def call(module, *args, out=tmp_path):
+        torch.set_default_dtype(torch.float32)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--out", str(out), *map(str, args)])
+        try:
+            module.main()
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        return status, capsys.readouterr().err, pathlib.Path(out)
+
+    return call

@@ -427,6 +427,15 @@ def test_unet_keeps_any_size_and_treats_rows_alone(shape, out):                 
     assert (net(x, t)[0] != y[0])[..., -1, -1].all()                            # and sees the whole image
 
 
+def test_unet_hears_the_mean_that_its_norms_hide():                             # the mean left out
+    net = ddpm.UNet(2, 2, ddpm.make_schedule("cosine", 25), width=16)
+    heard = []
+    net.time.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    x, t = tensors(3, 2, 8, 12), torch.tensor([1, 9, 25])
+    net(x, t)
+    close(heard[0], torch.cat([net.features[t], 10 * x.flatten(2).mean(2)], 1))
+
+
 def test_mlp_listens_to_time_and_to_each_row_alone():
     model = rough_model()
     x, t = tensors(4, 2), torch.tensor([1, 5, 9, 25])

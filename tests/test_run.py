@@ -23,23 +23,6 @@ SMALL = ["--T", "25", "--samples", "200", "--batch", "32", "--width", "16"]
 NAMES = {"metrics.json", "samples.npy", "samples.png", "curves.png", "process.png", "process.gif", "log.jsonl", "model.pt"}
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    """Run a script's main() in this process: (exit status, standard error, folder of results)."""
-
-    def call(module, *args, out=tmp_path):
-        torch.set_default_dtype(torch.float32)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--out", str(out), *map(str, args)])
-        try:
-            module.main()
-            status = 0
-        except SystemExit as e:
-            status = e.code
-        return status, capsys.readouterr().err, pathlib.Path(out)
-
-    return call
-
-
 def weights(folder, name="ddpm-eps-gmm"):
     return run.read_checkpoint(folder / name / "model.pt")
 

@@ -19,7 +19,19 @@ losses = [row["loss"].item() for row in m.train(model, average, optimizer, batch
 *_, x = average.sample(5, m.timesteps(model.T, 4))
 assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+VAE = """
+import torch
+import vae as m
+for name in m.MODELS:
+    model = m.MODELS[name]({shape}, 2, width=8, network="{network}")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = iter([torch.rand(8, *model.shape)] * 3)
+    losses = [row["loss"].item() for row in m.train(model, optimizer, batches, 3, 1e-3)]
+    x = model.sample(5)
+    assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
 USES = {
+    "vae": [VAE.format(shape=(2,), network="mlp"), VAE.format(shape=(1, 9, 9), network="conv")],
     "ddpm": [DIFFUSION.format(name="ddpm", model="m.Diffusion((2,), m.make_schedule('linear', 50))"),
              DIFFUSION.format(name="ddpm", model="m.Diffusion((1, 8, 8), m.make_schedule('cosine', 50), 'v', 'learned', 256, 16)")],
     "ddim": [DIFFUSION.format(name="ddim", model="m.DDIM((2,), m.linear_schedule(50), m.MLP(2, 2, m.linear_schedule(50)))")],
@@ -40,7 +52,7 @@ def test_copied_alone_it_trains_and_samples(name, tmp_path):
         assert result.returncode == 0, result.stderr[-1500:]
 
 
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", [n for n in USES if "import kernels" in (ROOT / f"{n}.py").read_text()])
 def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours_is_not(name, tmp_path):
     (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
     (tmp_path / "kernels").mkdir()

@@ -1,0 +1,362 @@
+"""Properties of vae.py. The comment behind a test names a line that was broken to see it fail."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import metrics
+import vae
+
+seeds = st.integers(0, 999)
+numbers = st.floats(-3, 3)
+models = st.sampled_from(list(vae.MODELS))
+
+
+def close(a, b, **kw):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), **kw)
+
+
+def hermite(n=60):
+    """Nodes and weights of E f(eps), eps ~ N(0, 1)."""
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    return torch.tensor(x), torch.tensor(w / w.sum())
+
+
+def rough(name="vae", shape=(2,), latent=2, **options):
+    """A model with no zero and no symmetry left."""
+    model = vae.MODELS[name](shape, latent, width=16, **options)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model
+
+
+class Says(torch.nn.Module):
+    """A network that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def linear_gaussian(D=4, Z=2, noise=0.3, seed=0):
+    """A VAE whose q is the exact posterior: x = W z + b + sqrt(noise) eps with orthogonal columns; and log p(x)."""
+    g = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(D, Z, generator=g))[0]
+    W, b = Q * torch.linspace(0.5, 1.5, Z), torch.randn(D, generator=g)
+    model = vae.VAE((D,), Z)
+    precision = 1 + (W * W).sum(0) / noise                                      # of p(z|x), diagonal
+    model.encoder = Says(lambda x: torch.cat([(x - b) @ W / noise / precision, -precision.log().expand(len(x), Z)], 1))
+    model.decoder = Says(lambda z: torch.cat([z @ W.T + b, torch.full((len(z), D), math.log(noise))], 1))
+    model.anchor = torch.nn.Parameter(torch.zeros(()))                          # a network of functions has no device
+    law = torch.distributions.MultivariateNormal(b, W @ W.T + noise * torch.eye(D))
+    return model, law
+
+
+# ---- maths
+
+
+@given(numbers, st.floats(-4, 2))
+def test_kl_is_the_integral(mu, logvar):                                        # expm1 -> exp; 0.5 left out
+    eps, w = hermite()
+    mu, logvar = torch.tensor(mu), torch.tensor(logvar)
+    z = vae.reparameterize(mu, logvar, eps)
+    zero = torch.zeros(())
+    integral = (w * (vae.log_normal(z, mu, logvar) - vae.log_normal(z, zero, zero))).sum()
+    close(vae.kl_to_standard(mu, logvar), integral)
+    assert vae.kl_to_standard(mu, logvar) >= -1e-15 and vae.kl_to_standard(zero, zero) == 0
+
+
+@given(numbers, numbers, st.floats(-3, 2))
+def test_log_normal_is_the_libraries(x, mean, logvar):
+    x, mean, logvar = map(torch.tensor, (x, mean, logvar))
+    close(vae.log_normal(x, mean, logvar), torch.distributions.Normal(mean, (logvar / 2).exp()).log_prob(x))
+
+
+@given(st.floats(-40, 40), st.floats(0, 1))
+def test_log_bernoulli_is_normalised_and_a_cross_entropy(logit, x):             # a sign of softplus
+    logit, x = torch.tensor(logit), torch.tensor(x)
+    both = torch.stack([vae.log_bernoulli(torch.tensor(v), logit) for v in (0.0, 1.0)])
+    close(both.exp().sum(), 1.0)
+    close(both[1].exp(), logit.sigmoid())
+    close(vae.log_bernoulli(x, logit), (1 - x) * both[0] + x * both[1])
+
+
+@given(numbers, st.floats(-2, 1))
+def test_reparameterized_gradients_are_those_of_the_expectation(mu, logvar):    # exp(logvar)
+    eps, w = hermite()
+    mu, logvar = torch.tensor(mu, requires_grad=True), torch.tensor(logvar, requires_grad=True)
+    z = vae.reparameterize(mu, logvar, eps)
+    found = torch.autograd.grad((w * z.square()).sum(), [mu, logvar])
+    close(found[0], 2 * mu.detach())                                            # E z^2 = mu^2 + exp(logvar)
+    close(found[1], logvar.detach().exp())
+
+
+@given(seeds, st.integers(2, 7))
+def test_the_bound_of_fixed_weights_rises_with_the_subset(seed, K):             # log k left out
+    log_w = 3 * torch.randn(K, generator=torch.Generator().manual_seed(seed))
+    U = [torch.stack([vae.log_mean_exp(log_w[list(s)]) for s in itertools.combinations(range(K), k)]).mean()
+         for k in range(1, K + 1)]
+    assert all(a <= b + 1e-12 for a, b in zip(U, U[1:]))
+    close(U[0], log_w.mean())
+    close(U[-1], log_w.exp().mean().log())
+    close(vae.log_mean_exp(log_w.expand(3, K), 1), U[-1].expand(3))
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 4))
+def test_mixture_is_the_mean_of_its_components(seed, K, Z):                     # a factor of the cross term
+    g = torch.Generator().manual_seed(seed)
+    mu, logvar, z = torch.randn(K, Z, generator=g), torch.randn(K, Z, generator=g), torch.randn(3, 5, Z, generator=g)
+    wanted = vae.log_normal(z[..., None, :], mu, logvar).sum(-1).exp().mean(-1).log()
+    close(vae.log_mixture(z, mu, logvar), wanted)
+    order = torch.randperm(K, generator=g)
+    close(vae.log_mixture(z, mu[order].repeat(2, 1), logvar[order].repeat(2, 1)), wanted)     # order, duplicates
+
+
+# ---- networks
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 5))
+@settings(max_examples=12)
+def test_convolutions_take_any_size(H, W, C, Z):                                # sizes[0] for sizes[-1]
+    shape = (C, H, W)
+    sizes = vae.halvings(shape)
+    assert sizes[0] == (H, W) and max(sizes[-1]) <= 8
+    assert all(a == (-(-h // 2), -(-w // 2)) for (h, w), a in zip(sizes, sizes[1:]))
+    x = torch.randn(2, *shape)
+    model = vae.VAE(shape, Z, width=2, network="conv")
+    mu, logvar = model.encode(x)
+    assert mu.shape == logvar.shape == (2, Z) and model.decode(mu)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_each_row_is_encoded_and_decoded_alone_and_listens(network):
+    model = rough(shape=(1, 12, 12), latent=3, network=network, likelihood="bernoulli")
+    x = torch.randn(4, 1, 12, 12)
+    mu, logvar = model.encode(x)
+    close(model.encode(x.flip(0))[0].flip(0), mu)
+    assert (mu[0] != mu[1]).all() and (logvar[0] != logvar[1]).all()
+    (out,) = model.decode(mu)
+    close(model.decode(mu[1:3])[0], out[1:3])
+    assert (out[0] != out[1]).any() and out.std() > 0
+
+
+# ---- bounds
+
+
+@given(seeds, st.integers(1, 3), st.floats(0.05, 2))
+def test_at_the_true_posterior_every_weight_is_the_likelihood(seed, Z, noise):  # a sign of log q; log_prior left out
+    model, law = linear_gaussian(4, Z, noise, seed)
+    x = 2 * torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    close(model.log_weights(x, 3), law.log_prob(x).expand(3, 5))
+    close(model.bound(x, 7, block=3), law.log_prob(x))
+
+
+def test_elbo_is_the_likelihood_less_the_posteriors_kl():                       # nll + kl
+    torch.manual_seed(0)
+    model, law = linear_gaussian()
+    x = torch.randn(3, 4)
+    found = torch.stack([model.elbo(x) for _ in range(4000)])
+    assert ((found.mean(0) - law.log_prob(x)).abs() < 5 * found.std(0) / 4000**0.5).all()
+    encoder = model.encoder
+    model.encoder = Says(lambda x: encoder(x) + 0.5)                            # mu and logvar half too large
+    mu, logvar = encoder(x).chunk(2, 1)
+    gap = 0.5 * (0.25 / logvar.exp() + math.exp(0.5) - 1 - 0.5).sum(1)          # KL(q || p(z|x)) of the shifted q
+    found = torch.stack([model.elbo(x) for _ in range(4000)])
+    assert ((found.mean(0) - law.log_prob(x) + gap).abs() < 5 * found.std(0) / 4000**0.5).all()
+
+
+def test_likelihood_by_quadrature_is_exact():                                   # half the cell; a missing 2 pi; log K
+    model, law = linear_gaussian(D=3, noise=0.2)
+    torch.manual_seed(0)
+    x = law.sample((600,))                                                      # more than a block of rows
+    close(model.log_prob(x), law.log_prob(x), atol=1e-4, rtol=1e-4)             # the grid ends at 5
+    with pytest.raises(ValueError, match="two dimensions"):
+        rough(latent=3).log_prob(x[:, :2])
+    vamp = rough("vamp", pseudo=6)                                              # the same prior on its own nodes and on a grid
+    z, log_weight = vae.square(8.0, 400)
+    vamp.decoder[-1].bias.data[2:] = -1.0
+    wanted = vae.VAE.log_prob(vamp, x[:50, :2])
+    vamp.nodes = lambda: (z, vamp.log_prior(z) + log_weight)
+    close(vamp.log_prob(x[:50, :2]), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", vae.MODELS)
+def test_importance_weights_sum_to_a_probability(name):                         # sum over x in {-1, 1}^D of p(x) = 1
+    torch.manual_seed(0)
+    model = rough(name, shape=(1, 2, 2), latent=2, likelihood="bernoulli")
+    x = 2.0 * torch.cartesian_prod(*[torch.arange(2)] * 4).view(16, 1, 2, 2) - 1
+    p = torch.stack([model.bound(x, 500).exp().sum() for _ in range(20)])
+    assert abs(p.mean() - 1) < 5 * p.std() / 20**0.5 and p.std() < 0.05
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_likelihoods_sum_over_pixels(likelihood):                               # a mean over pixels
+    small, large = (vae.VAE((1, 3, w), 2, likelihood) for w in (4, 8))
+    x, z = torch.rand(5, 1, 3, 4).round() * 2 - 1, torch.randn(5, 2)
+    out = torch.linspace(-1, 1, 12).view(1, 1, 3, 4).expand_as(x)
+    rest = () if likelihood == "bernoulli" else (torch.tensor(-0.3),)
+    small.decode, large.decode = lambda z: (out, *rest), lambda z: (torch.cat([out, out], -1), *rest)
+    close(large.log_likelihood(torch.cat([x, x], -1), z), 2 * small.log_likelihood(x, z))
+    if likelihood == "bernoulli":
+        close(small.log_likelihood(x, z), torch.where(x == 1, out.sigmoid(), (-out).sigmoid()).log().flatten(1).sum(1))
+
+
+def test_grey_levels_are_drawn_as_bits_each_time_anew():                        # (x + 1); levels of 2 stay
+    torch.manual_seed(0)
+    model = vae.VAE((1, 1, 1), 1, "bernoulli")
+    x = torch.full((40_000, 1, 1, 1), -0.4)
+    bits = model.binarize(x)
+    assert set(bits.unique().tolist()) == {-1.0, 1.0} and abs(bits.mean() + 0.4) < 5 / 200
+    assert (model.binarize(x) != bits).any()
+    close(model.binarize(bits), bits)
+    close(vae.VAE((1, 1, 1), 1, "gaussian").binarize(x), x)
+
+
+@given(seeds)
+def test_loss_is_minus_the_elbo_and_its_parts_add_up(seed):
+    model = rough(latent=3)
+    x = torch.randn(6, 2)
+    torch.manual_seed(seed)
+    row = model.loss(x)
+    torch.manual_seed(seed)
+    close(row["loss"], -model.elbo(x).mean())
+    close(row["loss"], row["nll"] + row["kl"])
+    close(row["kl"], vae.kl_to_standard(*model.encode(x)).sum(1).mean())
+
+
+@given(st.floats(0, 8), st.floats(0, 5), st.floats(0, 1))
+def test_beta_weighs_the_kl_and_capacity_holds_it(beta, capacity, progress):    # abs left out; progress left out
+    model = rough("beta", beta=beta, capacity=capacity)
+    row = model.loss(torch.randn(6, 2), progress)
+    kl = abs(row["kl"] - capacity * progress) if capacity else row["kl"]
+    close(row["loss"], row["nll"] + beta * kl)
+
+
+@given(seeds, st.integers(1, 4))
+def test_iwae_gradient_weighs_each_sample_by_its_softmax(seed, k):              # softmax(-log w)
+    model = rough("iwae", k=k)
+    x = torch.randn(3, 2)
+    weights = list(model.parameters())
+    torch.manual_seed(seed)
+    found = torch.autograd.grad(model.loss(x)["loss"], weights)
+    torch.manual_seed(seed)
+    log_w = model.log_weights(x, k)
+    wanted = torch.autograd.grad(-(log_w.softmax(0).detach() * log_w).sum(0).mean(), weights)
+    for a, b in zip(found, wanted):
+        close(a, b)
+
+
+# ---- the VampPrior
+
+
+def test_vamp_with_one_standard_pseudo_input_is_the_vae():
+    vamp = rough("vamp", pseudo=1)
+    vamp.components = lambda: (torch.zeros(1, 2), torch.zeros(1, 2))
+    z = torch.randn(4, 5, 2)
+    close(vamp.log_prior(z), vae.VAE.log_prior(vamp, z))
+
+
+def test_vamp_prior_is_normalised_and_sampled_as_it_is_scored():                # samples from N(0, I)
+    torch.manual_seed(0)
+    vamp = rough("vamp", latent=1, pseudo=5)
+    with torch.no_grad():
+        vamp.pseudo.mul_(4)
+        vamp.encoder[-1][-1].weight.mul_(4)
+    z = torch.linspace(-40, 40, 20_001)[:, None]
+    p = vamp.log_prior(z).exp() * (z[1] - z[0])
+    close(p.sum(), 1.0, atol=1e-6, rtol=0)
+    mean, square = (p * z[:, 0]).sum(), (p * z[:, 0].square()).sum()
+    draws = vamp.sample_prior(40_000)
+    assert draws.shape == (40_000, 1) and abs(mean) + square > 0.05
+    assert abs(draws.mean() - mean) < 5 * draws.std() / 200 and abs(draws.square().mean() - square) < 5 * draws.square().std() / 200
+
+
+def test_vamp_kl_is_estimated_against_its_own_prior_and_moves_the_pseudo_inputs():
+    vamp = rough("vamp", pseudo=4)
+    mu, logvar, z = torch.randn(3, 2), torch.randn(3, 2), torch.randn(3, 2)
+    close(vamp.kl(mu, logvar, z), vae.log_normal(z, mu, logvar).sum(1) - vae.log_mixture(z, *vamp.encode(vamp.pseudo)))
+    vamp.loss(torch.randn(5, 2))["loss"].backward()
+    assert (vamp.pseudo.grad != 0).all()
+    images = rough("vamp", shape=(1, 2, 2), pseudo=3, likelihood="bernoulli")
+    with torch.no_grad():
+        images.pseudo.fill_(7.0)
+    close(images.components()[0], images.encode(torch.ones(3, 1, 2, 2))[0])
+
+
+# ---- samples, training, the command
+
+
+def test_samples_follow_the_model():                                            # the mean for points
+    torch.manual_seed(0)
+    model, law = linear_gaussian(D=3)
+    x = model.sample(40_000)
+    assert ((x.mean(0) - law.mean).abs() < 5 * x.std(0) / 200).all()
+    close(x.T.cov(), law.covariance_matrix, atol=0.05, rtol=0)
+
+
+def test_images_are_shown_as_means_on_the_scale_of_the_data():
+    model = rough(shape=(1, 4, 4), likelihood="bernoulli")
+    z, x = torch.randn(3, 2), torch.rand(3, 1, 4, 4).round() * 2 - 1
+    close((model.mean(z) + 1) / 2, model.decode(z)[0].sigmoid())
+    close(model.reconstruct(x), model.mean(model.encode(x)[0]))
+    model = rough(shape=(3, 4, 4), likelihood="gaussian")
+    close(model.mean(z), model.decode(z)[0])
+    torch.manual_seed(0)
+    a = model.sample(3)
+    torch.manual_seed(0)
+    close(a, model.mean(torch.randn(3, 2)))
+
+
+@pytest.mark.parametrize("name", vae.MODELS)
+def test_training_raises_the_bound(name):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    truth = data.load("gmm")
+    model = vae.MODELS[name]((2,), 2, width=32)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    x = truth.sample(500)
+    before, rows = vae.evaluate(model, x, 20)[1].mean(), []
+    for row in vae.train(model, optimizer, truth.batches(128), 300, 5e-3):
+        rows.append(optimizer.param_groups[0]["lr"])
+        assert not row["loss"].requires_grad
+    close(rows, [5e-3 * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / 300)) for i in range(300)])
+    elbo, bound = vae.evaluate(model, x, 20)
+    assert elbo.shape == bound.shape == (500,) and bound.mean() > before + 1
+    assert elbo.mean() < bound.mean() < -truth.entropy + 5 * bound.std() / 500**0.5
+
+
+@pytest.mark.parametrize("dataset, options", [("gmm", ["--pseudo", 9]), ("gmm", ["--model", "vae", "--latent", 3]),
+                                              ("persian", ["--model", "iwae", "--network", "conv"]),
+                                              ("persian", ["--model", "beta", "--likelihood", "gaussian"])])
+def test_a_run_leaves_its_numbers(cli, monkeypatch, dataset, options):
+    monkeypatch.setattr(metrics, "train_classifier", lambda x, labels, classes, levels, *rest: metrics.Classifier(1, 10, 2))
+    small = ["--steps", 3, "--batch", 8, "--width", 4, "--samples", 200, "--bound-samples", 7, "--bound-rows", 20]
+    status, error, out = cli(vae, "--dataset", dataset, *small, *options)
+    assert status == 0, error
+    (folder,) = out.iterdir()
+    result = json.loads((folder / "metrics.json").read_text())
+    assert {"elbo", "nll"} <= result["metrics"].keys() and result["nll_standard_error"] > 0
+    assert (folder / "samples.png").is_file() and (folder / "process.gif").is_file()
+    status, error, _ = cli(vae, "--ckpt", folder / "model.pt", "--samples", 200, "--bound-samples", 7, "--bound-rows", 20)
+    assert status == 0, error
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--latent", "0"], "at least one dimension"), (["--width", "0"], "width"), (["--model", "beta", "--beta", "-1"], "negative"),
+    (["--model", "beta", "--capacity", "-1"], "negative"), (["--model", "iwae", "--k", "0"], "at least one sample"),
+    (["--model", "vamp", "--pseudo", "0"], "at least one pseudo-input"), (["--likelihood", "bernoulli"], "no bits"),
+    (["--network", "conv"], "no pixels"), (["--model", "vqvae"], "vae")])
+def test_bad_input_gets_a_sentence(cli, options, words):
+    status, error, _ = cli(vae, *options)
+    assert status == 2 and words in error and "Traceback" not in error
