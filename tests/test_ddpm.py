@@ -461,6 +461,37 @@ def test_time_features_depend_on_the_noise_level_only():                        
     close(ddpm.time_features(log_snr), torch.cat([torch.ones(3, 1), line, wanted.sin(), wanted.cos()], 1))
 
 
+def test_block_is_two_convolutions_moved_by_the_time():                         # 1 + scale -> scale
+    block = ddpm.Block(8, 16, 4)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, e, silu = tensors(2, 8, 5, 5), tensors(2, 4), torch.nn.functional.silu
+    scale, shift = block.time(e)[..., None, None].chunk(2, 1)
+    h = block.norm2(block.conv1(silu(block.norm1(x))))
+    close(block(x, e), block.skip(x) + block.conv2(silu(h + scale * h + shift)))
+
+
+def test_plain_loops_are_the_kernels(monkeypatch):                              # h @ w_out left out; clamp(clip, clip)
+    model = rough_model()
+    x, t = tensors(6, 2), torch.tensor([1, 3, 5, 9, 20, 25])
+    wanted = model.network(x, t)
+    row = (1.1, -0.7, 0.6, 0.3, 0.0)
+    wanted_step = ddpm.fused("diffusion_step", None)(x, wanted.detach(), row, 3, 1, clip=0.4)
+    monkeypatch.setattr(ddpm, "fused", lambda name, plain: plain)
+    close(model.network(x, t), wanted)
+    close(ddpm.diffusion_step_plain(x, wanted, row, 3, 1, clip=0.4), wanted_step)
+
+
+def test_plain_noise_is_new_at_each_step():                                     # seed + first -> seed
+    weights, biases = rough_model().network.chain(torch.tensor([3, 2]))
+    x, only_noise = torch.zeros(500, 2), torch.tensor([[0.0, 0.0, 1.0]])
+    draws = [ddpm.sample_chain_plain(x, *weights, biases[:1], only_noise, 7, first=k) for k in (0, 1, 0)]
+    close(draws[0], draws[2])
+    assert (draws[0] != draws[1]).all() and abs(draws[0].std() - 1) < 0.1
+    both = ddpm.sample_chain_plain(x, *weights, biases, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 1.0]]), 7)
+    assert abs(both.var() - 2) < 0.3                                            # two independent draws, not one twice
+
+
 # ---- sampling and training
 
 
