@@ -444,9 +444,12 @@ def grid_picture(path, images, row_labels=None, column_labels=None, levels: int 
     for i, image in enumerate(x):
         top, left = i // C * (H + gap), i % C * (W + gap)
         sheet[top:top + H, left:left + W] = image.permute(1, 2, 0)
-    figure, axes = _figure(1, 1, sheet.shape[1] / 120 + 0.9, sheet.shape[0] / 120 + 0.5)
+    width, height = sheet.shape[1] / 120 + 3, sheet.shape[0] / 120 + 1          # room for labels, cut off below
+    figure, axes = _figure(1, 1, width, height)
     ax = axes[0, 0]
-    ax.imshow(np.ascontiguousarray(sheet.numpy()), interpolation="antialiased")
+    figure.set_layout_engine("none")
+    ax.set_position((2.5 / width, 0.2 / height, 1 - 3 / width, 1 - 1 / height))     # a pixel is a pixel
+    ax.imshow(np.ascontiguousarray(sheet.numpy()), interpolation="nearest")
     rows, columns = ([i * (side + gap) + side / 2 for i in range(n)] for n, side in ((R, H), (C, W)))
     ax.set_yticks(rows if row_labels else [], row_labels or [], color=INK, fontsize=9)
     ax.xaxis.tick_top()
