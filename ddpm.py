@@ -543,12 +543,10 @@ def main():
         dims = math.prod(truth.shape)
         held_out = truth.sample(args.T * (64 if density else 2))
         loss, bound = evaluate(average, held_out.to(job.device), 4000 if density else 128)
+        results, samples = job.judge(samples, truth)
         if density:
-            results = metrics.two_dimensional(samples, truth)
             results["elbo"] = metrics.metric(-bound, -truth.entropy, "nats", "higher")
         else:
-            samples = truth.unscale(samples)
-            results = metrics.images(samples, truth)
             results["bits_per_dim"] = metrics.metric(metrics.bits_per_dim(bound, dims), None, "bits (bound)")
         results["loss"] = metrics.metric(loss, floor)
         job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames)

@@ -5,7 +5,8 @@
         start = job.keep(model=model, optimizer=optimizer)  # what a checkpoint holds; restored by --resume
         for _ in job.track(train(..., start)):              # bar, log, checkpoints, NaN guard
             pass
-        job.report(metrics, samples=samples, truth=truth)   # metrics.json, pictures, the table with floors
+        results, samples = job.judge(samples, truth)        # samples beside the truth, floors
+        job.report(results, samples=samples, truth=truth)   # metrics.json, pictures, the table
 
 A run writes `<out>/<script>-<model>-<dataset>/`: model.pt, log.jsonl, metrics.json, samples.npy, samples.png,
 curves.png, and process.png and process.gif where there is a sampling process to show. Each file is written aside and
@@ -58,8 +59,8 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     """Namespace of the options that every script has and its own.
 
     `training` and `sampling` map a name to (default, help) or (default, help, choices); a checkpoint remembers the
-    first, and --resume insists on them. `images` holds other defaults for sets of images, `reads` the sibling scripts
-    whose checkpoints --ckpt takes as well."""
+    first, and --resume insists on them. `images` holds other defaults for sets of images, and under the name of a model
+    what that one wants there; `reads` names the sibling scripts whose checkpoints --ckpt takes as well."""
     import data
 
     training, sampling, images = training or {}, sampling or {}, images or {}
@@ -112,12 +113,19 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     if args.dataset not in data.NAMES and not args.dataset.startswith("folder:"):
         parser.error(f"unknown dataset {args.dataset!r}; the names are {', '.join(names)}")
     preset = {} if args.dataset in data.DENSITIES else images
+    preset = preset | preset.get(args.model or preset.get("model", common["model"][0]), {})
     for name, (default, *_) in (common | training | sampling | output).items():
         if getattr(args, name) is None:
             setattr(args, name, preset.get(name, default))
-    for name in ("steps", "batch", "lr", "samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} must be above 0; got {getattr(args, name)}")
+    for name, (default, *_) in (common | training | sampling | output).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name in ("steps", "batch", "lr", "samples") and not 0 < value < math.inf:
+                parser.error(f"{flag} must be above 0; got {value}")
+            if isinstance(default, int) and default > 0 and value < 1:
+                parser.error(f"{flag} must be at least 1; got {value}")
+            if not 0 <= value < math.inf and name != "seed":
+                parser.error(f"{flag} must be a number of 0 or more; got {value}")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must be between 0 and 2^63 - 1; got {args.seed}")
     args.script = script
@@ -378,6 +386,15 @@ class Run:
         return wandb.init(project="dgm", name=self.folder.name, dir=str(self.folder), config=self._config(), mode=mode)
 
     # -- the report
+
+    def judge(self, samples, truth):
+        """({name: metric}, samples) of what a model drew: points as they are, images as the integers of the data."""
+        import metrics as measure
+
+        if hasattr(truth, "log_prob"):
+            return measure.two_dimensional(samples, truth), samples
+        samples = truth.unscale(samples)
+        return measure.images(samples, truth), samples
 
     def report(self, metrics: dict, samples=None, truth=None, parameters: int = 0, sample_seconds: float = 0.0,
                frames=None, **extra) -> None:

@@ -5,7 +5,9 @@
     q(z|x) = N(mu(x), diag exp(logvar(x))),   z = mu + exp(logvar / 2) eps
 
 `--model`: vae [1]; beta, whose KL weighs beta or is held at a rising capacity [3, 4]; iwae, trained on L_k [2]; vamp,
-whose prior is the mixture of q at learned pseudo-inputs [5]. All four report the same likelihood, L_k with k = 1000.
+whose prior is the mixture of q at learned pseudo-inputs [5]: these four report the same likelihood, L_k with k = 1000.
+vq, whose z is a grid of codes from a book [6]: q is one point, so -L is the length of a code for x. sc, whose z is a
+grid of sparse combinations of cosines [7]: no bound; a prior is fitted to its codes afterwards.
 
 Everything is in nats, summed over pixels and latents and averaged over examples: with means over pixels instead beta
 would silently be multiplied by their number.
@@ -16,6 +18,9 @@ References
   [3] Higgins et al., beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, ICLR 2017
   [4] Burgess et al., Understanding disentangling in beta-VAE, arXiv 1804.03599
   [5] Tomczak, Welling, VAE with a VampPrior, arXiv 1705.07120
+  [6] van den Oord, Vinyals, Kavukcuoglu, Neural Discrete Representation Learning, arXiv 1711.00937
+  [7] Xiao et al., SC-VAE: Sparse Coding-based Variational Autoencoder, arXiv 2303.16666; LISTA: Gregor, LeCun, Learning
+      Fast Approximations of Sparse Coding, ICML 2010
 
 Glossary
   paper        code          shape        meaning
@@ -24,18 +29,22 @@ Glossary
   w_i          log_weights   (k, B)       log p(x, z_i) - log q(z_i|x)
   u_k          pseudo        (K, *shape)  pseudo-inputs of the VampPrior
   C            capacity      ()           nats at which the KL is held [4]
+  e, N, m      codes, count, total        the book of vq (K, D) and its moving sums [6]
+  D            dictionary    (dim, A)     the atoms of sc as columns
 
 Use
   python vae.py --dataset gmm                         2-D, beside its exact entropy
   python vae.py --dataset mnist --data-dir DIR        dynamic binarisation; test log-likelihood by L_1000
-  python vae.py --model vamp --dataset persian
+  python vae.py --model beta --beta 4 --dataset dsprites        disentanglement beside reconstruction
 
-Not included: hierarchies of latents, normalising-flow posteriors, discrete latents.
+Not included: hierarchies of latents, normalising-flow posteriors, Gumbel-softmax.
 """
 
+import inspect
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,20 +74,49 @@ def log_mean_exp(x: Tensor, dim: int = 0) -> Tensor:
     return x.logsumexp(dim) - math.log(x.shape[dim])
 
 
-def log_mixture(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log 1/K sum_k N(z; mu_k, diag exp(logvar_k)) for z (..., Z) and K components (K, Z), shape (...). [5]
+def log_mixture(z: Tensor, mu: Tensor, logvar: Tensor, log_weight) -> Tensor:
+    """log sum_k exp(log_weight_k) N(z; mu_k, diag exp(logvar_k)) for z (..., Z) and K components (K, Z), shape (...).
 
     The square is multiplied out, so that the distances are two matrix products and never (..., K, Z)."""
     precision = (-logvar).exp()                                                                # (K, Z)
     constant = (logvar + mu.square() * precision).sum(-1) + z.shape[-1] * math.log(2 * math.pi)
     distance = z.square() @ precision.T - 2 * z @ (mu * precision).T                           # (..., K)
-    return log_mean_exp(-0.5 * (distance + constant), -1)
+    return (log_weight - 0.5 * (distance + constant)).logsumexp(-1)
 
 
-def square(half_width: float, cells: int) -> tuple[Tensor, float]:
-    """Midpoints (cells^2, 2) of a grid on [-half_width, half_width]^2, and the log of a cell's area."""
-    axis = ((torch.arange(cells) + 0.5) / cells * 2 - 1) * half_width
-    return torch.cartesian_prod(axis, axis), 2 * math.log(2 * half_width / cells)
+def soft_threshold(v: Tensor, theta) -> Tensor:
+    """argmin_z (z - v)^2 / 2 + theta |z|, elementwise."""
+    return v.sign() * (v.abs() - theta).clamp(min=0)
+
+
+def dct_dictionary(dim: int, atoms: int) -> Tensor:
+    """(dim, atoms): cosines of rising frequency with unit norm; orthonormal for atoms = dim (the DCT-II)."""
+    D = torch.cos(math.pi / atoms * (torch.arange(dim)[:, None] + 0.5) * torch.arange(atoms))
+    return D / D.norm(dim=0)
+
+
+def sparse_objective(h: Tensor, z: Tensor, D: Tensor, sparsity: float) -> Tensor:
+    """|h - D z|^2 / 2 + sparsity |z|_1 for h (..., dim) and z (..., atoms), shape (...)."""
+    return 0.5 * (h - z @ D.T).square().sum(-1) + sparsity * z.abs().sum(-1)
+
+
+# ---- the hot loop in plain PyTorch; kernels/ holds the fused one
+
+
+def nearest_code_plain(z, codes):
+    """(N, D), (K, D) -> (N,): the index of the nearest code, the lowest of equals."""
+    return (codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+
+
+def fused(name, plain):
+    """kernels.<name> where this repository's kernels/ is importable, else `plain`; a broken kernels/ raises."""
+    try:
+        import kernels
+    except ModuleNotFoundError as e:
+        if e.name != "kernels":
+            raise
+        return plain
+    return getattr(kernels, name, plain)
 
 
 # ---- networks
@@ -91,79 +129,86 @@ def mlp(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, d_out))
 
 
-def halvings(shape) -> list[tuple[int, int]]:
-    """Sizes (H, W) from the image, halved once at least, down to a grid of at most 8 on a side for the dense layer."""
-    sizes = [tuple(shape[1:])]
-    while len(sizes) < 2 or max(sizes[-1]) > 8:
-        sizes.append(tuple(-(-s // 2) for s in sizes[-1]))
+def stages(shape, width: int) -> list[tuple[int, int, int]]:
+    """(C, H, W) from the image, halved once at least, down to a grid of at most 8 on a side."""
+    sizes = [tuple(shape)]
+    while len(sizes) < 2 or max(sizes[-1][1:]) > 8:
+        sizes.append((width * min(len(sizes), 2), *(-(-s // 2) for s in sizes[-1][1:])))
     return sizes
 
 
-class ConvEncoder(nn.Sequential):
-    """(B, C, H, W) -> (B, d_out): a stride-2 convolution a halving, then one hidden layer."""
-
-    def __init__(self, shape, d_out: int, width: int):
-        sizes = halvings(shape)
-        channels = [shape[0], *(width * 2 ** min(i, 1) for i in range(len(sizes) - 1))]
-        halves = [layer for a, b in zip(channels, channels[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.SiLU())]
-        flat = channels[-1] * math.prod(sizes[-1])
-        super().__init__(*halves, nn.Flatten(), nn.Linear(flat, 8 * width), nn.SiLU(), nn.Linear(8 * width, d_out))
+def shrink(sizes) -> nn.Sequential:
+    """A stride-2 convolution from each of the `stages` to the next."""
+    return nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in
+                           (nn.Conv2d(a[0], b[0], 3, 2, 1), nn.SiLU())])
 
 
-class ConvDecoder(nn.Module):
-    """(B, Z) -> (B, *shape): the encoder's mirror, with transposed convolutions."""
+def grow(sizes) -> nn.Sequential:
+    """The mirror of `shrink`, with transposed convolutions; the last is linear."""
+    back = [nn.ConvTranspose2d(b[0], a[0], (4 - a[1] % 2, 4 - a[2] % 2), 2, 1) for a, b in zip(sizes, sizes[1:])]
+    return nn.Sequential(*[layer for conv in back[:0:-1] for layer in (conv, nn.SiLU())], back[0])
 
-    def __init__(self, shape, latent: int, width: int):
+
+class CodePrior(nn.Module):
+    """log p(k_1 .. k_P) of a grid of codes in raster order, index (B, P): a GRU that reads the last code and the one
+    above."""
+
+    def __init__(self, codes: int, grid: tuple[int, int], width: int = 64):
         super().__init__()
-        sizes = halvings(shape)[::-1]
-        channels = [shape[0], *(width * 2 ** min(i, 1) for i in range(len(sizes) - 1))][::-1]
-        self.start, flat = (channels[0], *sizes[0]), channels[0] * math.prod(sizes[0])
-        self.dense = nn.Sequential(nn.Linear(latent, 8 * width), nn.SiLU(), nn.Linear(8 * width, flat), nn.SiLU())
-        layers = []
-        for a, b, size in zip(channels, channels[1:], sizes[1:]):
-            layers += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.SiLU(), Crop(*size)]
-        layers.pop(-2)                                      # the last is linear
-        self.grow = nn.Sequential(*layers)
+        self.positions, self.row, self.nothing = math.prod(grid), grid[1], codes
+        self.embed, self.head = nn.Embedding(codes + 1, width), nn.Linear(width, codes)
+        self.gru = nn.GRU(2 * width, width, batch_first=True)
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.grow(self.dense(z).view(-1, *self.start))
+    def forward(self, index: Tensor, state: Tensor | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Logits (B, P - start, codes) from position `start` on, each from the codes before it, and the GRU's state."""
+        before, n = F.pad(index, (self.row, 0), value=self.nothing), index.shape[1]
+        above, left = before[:, start:n], before[:, start + self.row - 1 : n + self.row - 1]
+        h, state = self.gru(self.embed(torch.stack([left, above], 2)).flatten(2), state)
+        return self.head(h), state
 
+    def log_prob(self, index: Tensor) -> Tensor:
+        """(B,) nats."""
+        return -F.cross_entropy(self(index)[0].mT, index, reduction="none").sum(1)
 
-class Crop(nn.Module):
-    def __init__(self, H: int, W: int):
-        super().__init__()
-        self.H, self.W = H, W
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., : self.H, : self.W]
+    def sample(self, n: int) -> Tensor:
+        index, state = torch.full((n, 0), self.nothing, device=self.head.weight.device), None
+        for i in range(self.positions):
+            logits, state = self(F.pad(index, (0, 1)), state, i)
+            index = torch.cat([index, logits[:, 0].softmax(1).multinomial(1)], 1)
+        return index
 
 
 # ---- the family: an encoder, a decoder and a bound
 
 
 class VAE(nn.Module):
-    """`loss(x, progress)`, `elbo(x)`, `bound(x, k)`, `reconstruct(x)`, `sample(n)`. x (B, *shape), pixels in [-1, 1].
+    """`loss(x)`, `elbo(x)`, `bound(x, k)`, `code(x)`, `reconstruct(x)`, `sample(n)`; x (B, *shape), pixels in [-1, 1].
 
     likelihood: 'bernoulli', one bit a pixel: grey levels are probabilities and are drawn anew at each use (dynamic
     binarisation); 'gaussian', a density: a variance for each coordinate of vectors, one in all for images."""
 
+    bounded, rate = True, "kl"                              # elbo and bound are there; the second term's name
+
     def __init__(self, shape, latent: int, likelihood: str = "gaussian", width: int = 128, network: str = "mlp"):
         super().__init__()
-        if latent < 1:
-            raise ValueError(f"the latent needs at least one dimension; got {latent}")
-        if width < 1:
-            raise ValueError(f"the networks need a width of at least 1; got {width}")
         self.shape, self.latent, self.likelihood = tuple(shape), latent, likelihood
         dim, self.variances = math.prod(shape), len(shape) == 1 and likelihood == "gaussian"
-        if network == "conv":
-            self.encoder, self.decoder = ConvEncoder(shape, 2 * latent, width), ConvDecoder(shape, latent, width)
-        else:
-            self.encoder = nn.Sequential(nn.Flatten(), mlp(dim, 2 * latent, width))
-            self.decoder = mlp(latent, dim * (2 if self.variances else 1), width)
-            if self.variances:                              # started at 1, it explains all and z is never used
-                nn.init.constant_(self.decoder[-1].bias[dim:], -4.0)
-        if likelihood == "gaussian" and not self.variances:
+        self.networks(dim, dim * (2 if self.variances else 1), width, network)
+        if self.variances:                                  # started at 1, it explains all and z is never used
+            nn.init.constant_(self.decoder[-1].bias[dim:], -4.0)
+        elif likelihood == "gaussian":
             self.logvar = nn.Parameter(torch.tensor(-1.0))
+
+    def networks(self, dim: int, out: int, width: int, network: str):
+        if network == "mlp":
+            self.encoder = nn.Sequential(nn.Flatten(), mlp(dim, 2 * self.latent, width))
+            self.decoder = mlp(self.latent, out, width)
+        else:                                               # with one hidden layer between grid and z
+            sizes = stages(self.shape, width)
+            flat = math.prod(sizes[-1])
+            self.encoder = nn.Sequential(shrink(sizes), nn.Flatten(), mlp(flat, 2 * self.latent, 8 * width, 1))
+            self.decoder = nn.Sequential(mlp(self.latent, flat, 8 * width, 1), nn.SiLU(), nn.Unflatten(1, sizes[-1]),
+                                         grow(sizes))
 
     # -- p and q
 
@@ -190,12 +235,20 @@ class VAE(nn.Module):
                  else log_normal(x, *self.decode(z)))
         return terms.flatten(1).sum(1)
 
+    def components(self) -> tuple[Tensor, Tensor]:
+        """mu and logvar, (K, Z) each, of the Gaussians whose even mixture is the prior: N(0, I) alone."""
+        zero = torch.zeros(1, self.latent, device=next(self.parameters()).device)
+        return zero, zero
+
     def log_prior(self, z: Tensor) -> Tensor:
         """log p(z) for z (..., Z), shape (...)."""
-        return log_normal(z, torch.zeros_like(z), torch.zeros_like(z)).sum(-1)
+        mu, logvar = self.components()
+        return log_mixture(z, mu, logvar, -math.log(len(mu)))
 
     def sample_prior(self, n: int) -> Tensor:
-        return torch.randn(n, self.latent, device=next(self.parameters()).device)
+        mu, logvar = self.components()
+        k = torch.randint(len(mu), (n,), device=mu.device)
+        return reparameterize(mu[k], logvar[k], torch.randn(n, self.latent, device=mu.device))
 
     def kl(self, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
         """KL(q(z|x) || p(z)) in nats, (B,): exact, or its estimate at z ~ q."""
@@ -203,8 +256,8 @@ class VAE(nn.Module):
 
     # -- bounds
 
-    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(-log p(x|z), KL), (B,) each, at one z ~ q(z|x) a row."""
+    def terms(self, x: Tensor, learn: bool = False) -> tuple[Tensor, ...]:
+        """-log p(x|z) and the KL, (B,) each, at one z ~ q(z|x) a row; what follows them is of the loss alone."""
         x = self.binarize(x)
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, torch.randn_like(mu))
@@ -212,12 +265,12 @@ class VAE(nn.Module):
 
     def loss(self, x: Tensor, progress: float = 1.0) -> dict[str, Tensor]:
         """{loss, nll, kl}; progress runs from 0 to 1 in training."""
-        nll, kl = (term.mean() for term in self.terms(x))
-        return {"loss": nll + kl, "nll": nll, "kl": kl}
+        terms = [term.mean() for term in self.terms(x, learn=self.training)]
+        return {"loss": sum(terms), "nll": terms[0], self.rate: terms[1]}
 
     def elbo(self, x: Tensor) -> Tensor:
         """(B,) nats."""
-        nll, kl = self.terms(x)
+        nll, kl, *_ = self.terms(x)
         return -nll - kl
 
     def log_weights(self, x: Tensor, k: int) -> Tensor:
@@ -233,22 +286,19 @@ class VAE(nn.Module):
         return log_mean_exp(torch.cat([self.log_weights(x, min(block, k - i)) for i in range(0, k, block)]))
 
     def nodes(self) -> tuple[Tensor, Tensor]:
-        """z (n, 2) and log(p(z) dz) (n,): the prior of a latent of two dimensions as a sum."""
-        z, log_cell = square(5.0, 160)
-        return z, self.log_prior(z) + log_cell
+        """z (n, 2) and log(p(z) dz) (n,): the prior of a latent of two dimensions as a sum, a grid a component."""
+        mu, logvar = self.components()
+        cells = max(6, round(100 / len(mu) ** 0.5))
+        axis = ((torch.arange(cells, device=mu.device) + 0.5) / cells - 0.5) * 9              # midpoints
+        e, zero = torch.cartesian_prod(axis, axis), torch.zeros(())
+        log_p = log_normal(e, zero, zero).sum(1) + 2 * math.log(9 / cells) - math.log(len(mu))
+        return reparameterize(mu[:, None], logvar[:, None], e).flatten(0, 1), log_p.repeat(len(mu))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), (B,) nats, by quadrature over a latent of two dimensions."""
-        if self.latent != 2 or not self.variances:
-            raise ValueError("log p(x) by quadrature wants vectors and a latent of two dimensions")
+        """log p(x), (B,) nats, for vectors: the sum over nodes()."""
         z, log_weight = self.nodes()
-        mean, logvar = self.decode(z)
-        precision = (-logvar).exp()
-        constant = -0.5 * (logvar + mean.square() * precision + math.log(2 * math.pi)).sum(1)
-        # log p(z) p(x|z) dz is linear in (x^2, x, 1): one product for all pairs
-        columns = torch.cat([-0.5 * precision, mean * precision, (log_weight + constant)[:, None]], 1)
-        rows = torch.cat([x.square(), x, torch.ones_like(x[:, :1])], 1)
-        return torch.cat([(part @ columns.T).logsumexp(1) for part in rows.split(64)])
+        p_x = self.decode(z)
+        return torch.cat([log_mixture(part, *p_x, log_weight) for part in x.split(64)])
 
     # -- what comes out
 
@@ -257,14 +307,17 @@ class VAE(nn.Module):
         out = self.decode(z)[0]
         return 2 * out.sigmoid() - 1 if self.likelihood == "bernoulli" else out
 
+    def code(self, x: Tensor) -> Tensor:
+        """The z that stands for x."""
+        return self.encode(x)[0]
+
     @torch.inference_mode()
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.mean(self.encode(x)[0])
+        return self.mean(self.code(x))
 
     @torch.inference_mode()
     def sample(self, n: int) -> Tensor:
-        """(n, *shape): z from the prior, then x from p(x|z) for vectors and its mean, which is what people show, for
-        images."""
+        """(n, *shape): z from the prior; of p(x|z) a draw for vectors and the mean for images, as is the custom."""
         z = self.sample_prior(n)
         if not self.variances:
             return self.mean(z)
@@ -276,8 +329,6 @@ class BetaVAE(VAE):
 
     def __init__(self, *args, beta: float = 4.0, capacity: float = 0.0, **options):
         super().__init__(*args, **options)
-        if not (beta >= 0 and capacity >= 0):
-            raise ValueError(f"beta and the capacity cannot be negative; got {beta} and {capacity}")
         self.beta, self.capacity = beta, capacity
 
     def loss(self, x, progress=1.0):
@@ -291,8 +342,6 @@ class IWAE(VAE):
 
     def __init__(self, *args, k: int = 8, **options):
         super().__init__(*args, **options)
-        if k < 1:
-            raise ValueError(f"the bound needs at least one sample; got k = {k}")
         self.k = k
 
     def loss(self, x, progress=1.0):
@@ -304,33 +353,151 @@ class VampVAE(VAE):
 
     def __init__(self, *args, pseudo: int = 100, **options):
         super().__init__(*args, **options)
-        if pseudo < 1:
-            raise ValueError(f"the VampPrior needs at least one pseudo-input; got {pseudo}")
         self.pseudo = nn.Parameter(0.5 * torch.randn(pseudo, *self.shape))
 
-    def components(self) -> tuple[Tensor, Tensor]:
-        """mu and logvar of the prior, (K, Z) each; pseudo-images are kept in [-1, 1]."""
+    def components(self):                                   # pseudo-images are kept in [-1, 1]
         return self.encode(self.pseudo.clamp(-1, 1) if len(self.shape) > 1 else self.pseudo)
-
-    def log_prior(self, z):
-        return log_mixture(z, *self.components())
-
-    def sample_prior(self, n):
-        mu, logvar = self.components()
-        k = torch.randint(len(mu), (n,), device=mu.device)
-        return reparameterize(mu[k], logvar[k], torch.randn(n, self.latent, device=mu.device))
 
     def kl(self, mu, logvar, z):
         return log_normal(z, mu, logvar).sum(1) - self.log_prior(z)
 
-    def nodes(self):                                        # a grid on each component: they may be narrow
-        mu, logvar = self.components()
-        e, log_cell = square(4.0, 20)
-        log_p = log_normal(e, torch.zeros(()), torch.zeros(())).sum(1) + log_cell - math.log(len(mu))
-        return reparameterize(mu[:, None], logvar[:, None], e).flatten(0, 1), log_p.repeat(len(mu))
+
+class GridVAE(VAE):
+    """One with P codes of `latent` numbers each: a grid over an image, a single one for a point."""
+
+    def networks(self, dim, out, width, network):
+        if len(self.shape) == 1:
+            self.grid, self.encoder, self.decoder = (1, 1), mlp(dim, self.latent, width), mlp(self.latent, out, width)
+            return
+        sizes = stages(self.shape, width)
+        c, *self.grid = sizes[-1]
+        self.encoder = nn.Sequential(shrink(sizes), nn.Conv2d(c, self.latent, 3, padding=1))
+        self.decoder = nn.Sequential(nn.Conv2d(self.latent, c, 3, padding=1), nn.SiLU(), grow(sizes))
+
+    def encode(self, x):
+        """(B, P, latent)."""
+        return self.encoder(x).view(len(x), self.latent, -1).mT
+
+    def decode(self, z):
+        return super().decode(z[:, 0] if len(self.shape) == 1 else z.mT.reshape(len(z), -1, *self.grid))
 
 
-MODELS = {"vae": VAE, "beta": BetaVAE, "iwae": IWAE, "vamp": VampVAE}
+class VQVAE(GridVAE):
+    """Each vector of the grid becomes the nearest code of a book. [6]
+
+    q is a point, so L(x) = log p(x|z) + log p(k) is exact, and -L the bits that x costs as codes and what they leave
+    open. The book follows its vectors as a moving mean ([6] appendix A.1); the prior p(k) is learned beside."""
+
+    def __init__(self, *args, codes: int = 128, commitment: float = 0.25, decay: float = 0.99, **options):
+        super().__init__(*args, **options)
+        self.commitment, self.decay, self.prior = commitment, decay, CodePrior(codes, self.grid)
+        self.register_buffer("codes", torch.randn(codes, self.latent))
+        self.register_buffer("count", torch.zeros(codes))   # none in use: the first batch fills the book
+        self.register_buffer("total", torch.zeros(codes, self.latent))
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, D) -> the nearest codes, as z, and their index (B, P)."""
+        index = fused("nearest_code", nearest_code_plain)(z.detach().flatten(0, 1), self.codes).view(z.shape[:2])
+        return self.codes[index], index
+
+    def code(self, x):
+        return self.quantize(self.encode(x))[0]
+
+    def terms(self, x, learn=False):
+        """-log p(x|z), -log p(k) and the pull of the codes on the encoder, (B,) each; to learn moves the book."""
+        x = self.binarize(x)
+        z = self.encode(x)
+        e, index = self.quantize(z)
+        if learn:
+            self.follow(z.detach().flatten(0, 1), index.flatten())
+        straight = z + (e - z).detach()                     # the code, with the gradient of z: [6] section 3.2
+        commitment = self.commitment * (z - e).square().sum((1, 2))                           # [6] (3)
+        return -self.log_likelihood(x, straight), -self.prior.log_prob(index), commitment
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, index: Tensor):
+        """Move the book towards the means of the vectors z (M, D) that chose each code. A code that hardly any vector
+        chooses starts again at one drawn from z."""
+        sums = z.new_zeros(len(self.codes), z.shape[1] + 1)
+        sums.index_add_(0, index, F.pad(z, (0, 1), value=1.0))
+        drawn = z[torch.randint(len(z), (len(self.codes),), device=z.device)]
+        if dist.is_available() and dist.is_initialized():   # all processes keep one book
+            dist.all_reduce(sums)
+            dist.broadcast(drawn, 0)
+        self.total.lerp_(sums[:, :-1], 1 - self.decay)                                        # [6] (7)
+        self.count.lerp_(sums[:, -1], 1 - self.decay)                                         # [6] (6)
+        usual = self.count.mean()
+        dead = self.count < 0.03 * usual
+        self.total[dead], self.count[dead] = usual * drawn[dead], usual
+        self.codes.copy_(self.total / self.count[:, None])                                    # [6] (8)
+
+    def bound(self, x, k, block=50):
+        return self.elbo(x)                                 # q is a point: all samples of z are the same
+
+    def sample_prior(self, n):
+        return self.codes[self.prior.sample(n)]
+
+    def nodes(self):
+        index = torch.arange(len(self.codes), device=self.codes.device)[:, None]
+        return self.codes[index], self.prior.log_prob(index)
+
+
+class SCVAE(GridVAE):
+    """Each vector h of the grid becomes D z with a sparse z, by LISTA on a fixed dictionary of cosines. [7]
+
+    There is no q and no bound. `fit` makes a prior of the codes of some data; `sample` wants it."""
+
+    bounded, rate = False, "objective"
+
+    def __init__(self, *args, codes: int = 128, sparsity: float = 0.1, unrolled: int = 8, **options):
+        super().__init__(*args, **options)
+        D = dct_dictionary(self.latent, codes)
+        L = torch.linalg.matrix_norm(D, 2).item() ** 2
+        self.sparsity, self.unrolled = sparsity, unrolled
+        self.register_buffer("dictionary", D)
+        self.forward_weight, self.lateral = nn.Parameter(D / L), nn.Parameter(torch.eye(codes) - D.T @ D / L)
+        self.theta = nn.Parameter(torch.full((codes,), sparsity / L))
+
+    def lista(self, h: Tensor) -> Tensor:
+        """(..., latent) -> sparse codes (..., codes). It starts as ISTA on sparse_objective, `unrolled` steps from 0 of
+        z <- soft_threshold(z + D^T (h - D z) / L, sparsity / L)."""
+        b, theta = h @ self.forward_weight, self.theta.clamp(min=0)
+        z = soft_threshold(b, theta)
+        for _ in range(self.unrolled - 1):
+            z = soft_threshold(b + z @ self.lateral, theta)
+        return z
+
+    def code(self, x):
+        return self.lista(self.encode(x))
+
+    def decode(self, z):
+        return super().decode(z @ self.dictionary.T)
+
+    def terms(self, x, learn=False):
+        """-log p(x|z) and the objective of the sparse codes, (B,) each."""
+        x = self.binarize(x)
+        h = self.encode(x)
+        z = self.lista(h)
+        return -self.log_likelihood(x, z), sparse_objective(h, z, self.dictionary, self.sparsity).sum(1)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor):
+        """A Gaussian copula of the codes of x: each coordinate keeps its values, zeros too, each pair its rank
+        correlation."""
+        z = self.code(x).flatten(1)
+        order = (z + 1e-6 * torch.randn_like(z)).argsort(0).argsort(0)                        # equal values: by lot
+        self.values, self.scores = z.sort(0).values, torch.special.ndtri((order + 0.5) / len(z))
+
+    def sample_prior(self, n):
+        if not hasattr(self, "values"):
+            raise ValueError("sparse codes have no prior of their own: call fit(x) with some data first")
+        N = len(self.scores)
+        u = torch.randn(n, N, device=self.scores.device) @ self.scores / N**0.5               # their correlation matrix
+        rank = (torch.special.ndtr(u) * N).long().clamp(max=N - 1)
+        return self.values.gather(0, rank).view(n, -1, self.dictionary.shape[1])
+
+
+MODELS = {"vae": VAE, "beta": BetaVAE, "iwae": IWAE, "vamp": VampVAE, "vq": VQVAE, "sc": SCVAE}
 
 
 def train(model: VAE, optimizer, batches, steps: int, lr: float, start: int = 0, share: slice = slice(None)):
@@ -347,24 +514,26 @@ def train(model: VAE, optimizer, batches, steps: int, lr: float, start: int = 0,
 
 def build(config: dict, shape, levels) -> VAE:
     """The model that the options of a run, or of a checkpoint, describe; levels None for points."""
-    own = {"beta": {"beta": config["beta"], "capacity": config["capacity"]}, "iwae": {"k": config["k"]},
-           "vamp": {"pseudo": config["pseudo"]}}.get(config["model"], {})
-    likelihood = config["likelihood"]
+    member, network, likelihood = MODELS[config["model"]], config["network"], config["likelihood"]
+    if network == "auto":
+        network = "conv" if levels and (issubclass(member, GridVAE) or math.prod(shape) > 1024) else "mlp"
     if likelihood == "auto":
         likelihood = "bernoulli" if levels and shape[0] == 1 else "gaussian"
-    if likelihood == "bernoulli" and not levels:
-        raise ValueError("points have no bits: --likelihood bernoulli is for images")
-    if config["network"] == "conv" and not levels:
-        raise ValueError("points have no pixels to convolve: --network conv is for images")
-    return MODELS[config["model"]](shape, config["latent"], likelihood=likelihood, width=config["width"],
-                                   network=config["network"], **own)
+    if not levels and (likelihood == "bernoulli" or network == "conv"):
+        raise ValueError("points have no bits and no pixels: --likelihood bernoulli and --network conv are for images")
+    options = {name: config[name] for name in inspect.signature(member).parameters if name in config}
+    options |= {"latent": config["code_dim" if issubclass(member, GridVAE) else "latent"], "likelihood": likelihood,
+                "width": config["channels" if network == "conv" else "width"], "network": network}
+    return member(shape, **options)
 
 
 @torch.inference_mode()
-def evaluate(model: VAE, x: Tensor, k: int, rows: int = 50) -> tuple[Tensor, Tensor]:
-    """(ELBO, L_k), (N,) nats each."""
-    parts = x.split(rows)
-    return torch.cat([model.elbo(p) for p in parts]), torch.cat([model.bound(p, k) for p in parts])
+def evaluate(model: VAE, x: Tensor, k: int, rows: int = 50) -> dict[str, Tensor]:
+    """reconstruction, -log p(x|z); rate, the KL; and where there is a bound elbo and nll, -L_k: (N,) nats each."""
+    nll, rate = (torch.cat(term) for term in zip(*[model.terms(part)[:2] for part in x.split(rows)]))
+    out = {"reconstruction": nll, "rate": rate}
+    bounds = lambda: {"elbo": -nll - rate, "nll": -torch.cat([model.bound(part, k) for part in x.split(rows)])}
+    return out | bounds() if model.bounded else out
 
 
 def main():
@@ -375,58 +544,56 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, model="vamp", steps=6000, batch=512, lr=2e-3,
-        training={"latent": (2, "dimensions of z"), "width": (128, "of the networks"),
-                  "network": ("mlp", "encoder and decoder", ["mlp", "conv"]),
+        __doc__, MODELS, model="vamp", steps=5000, batch=512, lr=2e-3,
+        training={"latent": (2, "dimensions of z"), "width": (128, "of the MLPs"), "channels": (32, "of convolutions"),
+                  "network": ("auto", "encoder and decoder", ["auto", "mlp", "conv"]),
                   "likelihood": ("auto", "of x given z", ["auto", "bernoulli", "gaussian"]),
-                  "beta": (4.0, "weight of the KL (model beta)"),
-                  "capacity": (0.0, "nats at which the KL is held in the end; 0 does not hold it (model beta)"),
-                  "k": (8, "samples of the bound in training (model iwae)"),
-                  "pseudo": (200, "pseudo-inputs (model vamp)"),
-                  "size": (0, "resize images to this many pixels; 0 keeps them")},
-        sampling={"bound_samples": (1000, "k of the reported likelihood"),
-                  "bound_rows": (500, "held-out examples it is measured on")},
+                  "beta": (4.0, "weight of the KL (beta)"), "capacity": (0.0, "nats it is held at; 0: none (beta)"),
+                  "k": (8, "samples of the bound in training (iwae)"), "pseudo": (200, "pseudo-inputs (vamp)"),
+                  "codes": (128, "of the book (vq), atoms (sc)"), "code_dim": (8, "numbers in a code (vq, sc)"),
+                  "sparsity": (0.1, "weight of |z|_1 (sc)"), "size": (0, "of images, in pixels; 0 keeps them")},
+        sampling={"bound_samples": (1000, "k of the likelihood"), "bound_rows": (500, "examples it is measured on")},
         images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
         density = hasattr(truth, "log_prob")
+        learnt = lambda n: truth.sample(n, **{} if density else {"split": "train"}).to(job.device)
+        if args.model == "vq" and not density and args.codes > len(truth.train):
+            raise ValueError(f"a book of {args.codes} codes is larger than the {len(truth.train)} images to learn from")
         model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
-        frames, fixed = {}, model.sample_prior(256 if density else 64)
+        frames, seen = {}, truth.sample(256 if density else 32).to(job.device)
+        fixed = model.sample_prior(len(seen)) if model.bounded else model.code(seen)
         if args.ckpt:
             job.restore(model=model)
         else:
             if args.model == "vamp":                        # start among the data
-                start = truth.sample(args.pseudo) if density else truth.sample(args.pseudo, split="train")
-                model.pseudo.data.copy_(start)
+                model.pseudo.data.copy_(learnt(args.pseudo))
             optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
             start = job.keep(model=model, optimizer=optimizer)
             rows = train(model, optimizer, truth.batches(args.batch, job.device), args.steps, args.lr, start, job.share)
-            floors = {"loss": truth.entropy} if density else {}
+            floors = density and model.bounded and {"loss": truth.entropy}
             for step, _ in enumerate(job.track(rows, floors=floors), start + 1):
-                if step % max(1, args.steps // 40) == 0:
-                    frames[f"step {step}"] = model.mean(fixed).detach().cpu()
+                if step % max(1, args.steps // 40) == 0:    # images: reconstructions above samples
+                    shown = [model.mean(fixed)] if density else [model.reconstruct(seen), model.mean(fixed)]
+                    frames[f"step {step}"] = torch.cat(shown).detach().cpu()
+        if args.model == "sc":
+            model.fit(learnt(1000))
 
         began = time.perf_counter()
         samples = torch.cat([model.sample(min(1000, args.samples - i)).cpu() for i in range(0, args.samples, 1000)])
         seconds = time.perf_counter() - began
-        held_out = truth.sample(args.bound_rows).to(job.device)
-        with job.bar(1, f"L_{args.bound_samples}") as bar:
-            elbo, bound = evaluate(model, held_out, args.bound_samples)
-            bar.update()
-        if density:
-            results = metrics.two_dimensional(samples, truth)
-            if args.latent == 2:
-                kl = metrics.exact_kl(model.log_prob, truth, 200, device=job.device)
-                results["kl"] = metrics.metric(kl, 0.0, "nats")
-        else:
-            samples = truth.unscale(samples)
-            results = metrics.images(samples, truth)
-        entropy = truth.entropy if density else None
-        results["elbo"] = metrics.metric(elbo.mean(), -entropy if density else None, "nats", "higher")
-        results["nll"] = metrics.metric(-bound.mean(), entropy, "nats")
-        error = float(bound.std() / len(bound) ** 0.5)
-        job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames,
-                   nll_standard_error=error)
+        scores = evaluate(model, truth.sample(args.bound_rows).to(job.device), args.bound_samples)
+        results, samples = job.judge(samples, truth)
+        floors = {"elbo": -truth.entropy, "nll": truth.entropy} if density else {}
+        for name, value in scores.items():
+            better = "higher" if name == "elbo" else "lower"
+            results[name] = metrics.metric(value.mean(), floors.get(name), "nats", better)
+        if model.bounded:
+            results["nll_standard_error"] = metrics.metric(scores["nll"].std() / args.bound_rows**0.5, None, "nats")
+            if density and (args.model == "vq" or args.latent == 2):
+                kl = metrics.exact_kl(model.log_prob, truth, 120, device=job.device)
+                results["kl"] = metrics.metric(kl, 0, "nats")
+        job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames)
 
 
 if __name__ == "__main__":

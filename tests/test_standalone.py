@@ -27,6 +27,8 @@ for name in m.MODELS:
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     batches = iter([torch.rand(8, *model.shape)] * 3)
     losses = [row["loss"].item() for row in m.train(model, optimizer, batches, 3, 1e-3)]
+    if name == "sc":
+        model.fit(torch.rand(8, *model.shape))
     x = model.sample(5)
     assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
