@@ -1,7 +1,8 @@
-"""What goes in: 2-D densities with exact mathematics, drawn digits, and loaders of published images.
+"""What goes in: 2-D densities with exact mathematics, and images, drawn (shapes.py) or loaded as published.
 
     truth = load("gmm")                     a Density: sample, log_prob, score, denoise, batches, ... all exact
     truth = load("mnist", data_dir)         an Images: train, test (uint8), scale, unscale, sample, batches
+    truth = load("dsprites")                the same, and its factors; load("faces"), load("celeba"): its attributes
 
 Each density has zero mean and unit variance a coordinate by construction. All but `checkerboard` are mixtures of equal
 isotropic Gaussians, so that x_t = a x_0 + b eps is a mixture too; the curves (moons, spirals, rings) are *defined* as
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 import formats
+import shapes
 
 # ---- 2-D densities: one interface, exact
 
@@ -285,11 +287,13 @@ class Images:
     """Pictures held as uint8 0 .. levels - 1 of shape (N, C, H, W), given out as float32 in [-1, 1].
 
     `train`, `test` and `train_labels`, `test_labels` (int64 or None) are CPU tensors; `class_names` is a tuple or None.
+    A set with known factors brings fields of its own, listed in shapes.py; images drawn on demand are a shapes.Drawn.
     """
 
-    def __init__(self, name, train, train_labels, test, test_labels, levels=256, class_names=None):
+    def __init__(self, name, train, train_labels, test, test_labels, levels=256, class_names=None, **fields):
         self.name, self.levels, self.class_names = name, levels, class_names
-        self.train, self.test = torch.as_tensor(train), torch.as_tensor(test)
+        self.train, self.test = (x if isinstance(x, shapes.Drawn) else torch.as_tensor(x) for x in (train, test))
+        self.__dict__.update(fields)
         self.train_labels = None if train_labels is None else torch.as_tensor(train_labels)
         self.test_labels = None if test_labels is None else torch.as_tensor(test_labels)
         self.classes = len(class_names) if class_names else None
@@ -324,14 +328,11 @@ class Images:
         return (self.train, self.train_labels) if split == "train" else (self.test, self.test_labels)
 
 
-def _held_out(images, labels, seed):
-    """A set that comes as one: shuffled by the seed, the last sixth (one image at least) held out."""
-    if len(images) < 2:
-        raise ValueError("one image cannot be split into train and test; at least two are needed")
-    order = np.random.default_rng(seed).permutation(len(images))
-    cut = len(images) - max(1, len(images) // 6)
+def _held_out(images, labels, seed, part=6):
+    """A set that comes as one: shuffled by the seed, the last sixth (of a folder, fifth) held out."""
+    train, test = shapes.split(len(images), seed, part)
     pick = lambda i: (images[i], None if labels is None else labels[i])
-    return *pick(order[:cut]), *pick(order[cut:])
+    return *pick(train), *pick(test)
 
 
 @functools.cache
@@ -361,72 +362,6 @@ def _fit(images, side=28, most=24):
     return out
 
 
-# ---- drawn Persian digits
-
-PERSIAN_DIGITS = tuple(chr(0x06F0 + k) for k in range(10))
-FONTS = "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf"
-
-
-def _distance(mask):
-    """Euclidean distance of each pixel to the nearest set one, (H, W) float32; exact, one axis after the other."""
-    offset = np.arange(len(mask))
-    square = np.square(offset[:, None] - offset).astype(np.float32)     # (64, 64): masks are square
-    along = np.where(mask, 0, np.float32(1e6))
-    along = (along[:, None, :] + square).min(-1)
-    return np.sqrt((along.T[:, None, :] + square).min(-1).T)
-
-
-def _glyphs(side=64):
-    """Signed distance to the stroke's edge (inside > 0) in 28ths of the picture, (4 fonts, 10 digits, side, side)."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    folder, fields = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
-    for font, digit in itertools.product(FONTS, PERSIAN_DIGITS):
-        face = ImageFont.truetype(str(folder / font), 72, layout_engine=ImageFont.Layout.BASIC)
-        left, top, right, bottom = face.getbbox(digit)
-        canvas = Image.new("L", (side, side))
-        ImageDraw.Draw(canvas).text(((side - left - right) / 2, (side - top - bottom) / 2), digit, 255, face)
-        ink = np.asarray(canvas) > 127
-        fields.append((_distance(~ink) - _distance(ink)) * 28 / side)
-    return np.stack(fields).reshape(len(FONTS), 10, side, side)
-
-
-def _persian(seed, train=10_000, test=2_000):
-    """Binary 28 x 28 Persian digits, balanced: glyphs turned, slanted, scaled, bent, moved, thickened, thinned."""
-    rng, glyphs = np.random.default_rng(seed), _glyphs()
-    count = (train + test) * 11 // 100 * 10                             # a tenth more, for the doubles that are dropped
-    labels = np.arange(count) % 10
-    draw = lambda low, high: rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
-    font = rng.integers(len(FONTS), size=count)
-    angle, slant, bend_x, bend_y = draw(-0.2, 0.2), draw(-0.3, 0.3), draw(-1.5, 1.5), draw(-1.5, 1.5)
-    width, height, move_x, move_y = draw(0.75, 1.15), draw(0.75, 1.1), draw(-2.5, 2.5), draw(-2.5, 2.5)
-    thick, phase_x, phase_y = draw(-0.6, 0.9), draw(0, 2 * math.pi), draw(0, 2 * math.pi)
-    grid = np.arange(28, dtype=np.float32) - 13.5
-    y, x = grid[:, None] - move_y, grid - move_x                        # from the middle of the digit, in pixels
-    x, y = (np.cos(angle) * x + np.sin(angle) * y) / width, (np.cos(angle) * y - np.sin(angle) * x) / height
-    x = x + slant * y
-    x, y = x + bend_x * np.sin(y / 5 + phase_x), y + bend_y * np.sin(x / 5 + phase_y)
-    ink = _bilinear(glyphs, font, labels, (x + 14) * 64 / 28 - 0.5, (y + 14) * 64 / 28 - 0.5) + thick > 0
-    images = ink.astype(np.uint8)[:, None]
-    _, first = np.unique(np.packbits(images.reshape(count, -1), axis=1), axis=0, return_index=True)
-    kept = np.stack([np.sort(first[labels[first] == digit])[:(train + test) // 10] for digit in range(10)], 1)
-    one, two = kept[:train // 10].flatten(), kept[train // 10:].flatten()
-    return images[one], labels[one], images[two], labels[two]
-
-
-def _bilinear(fields, font, label, x, y):
-    """fields[font, label] read at (x, y) pixels, clamped at the border; elementwise: threads change nothing."""
-    side = fields.shape[-1]
-    flat, base = fields.reshape(-1), ((font * 10 + label) * side * side).astype(np.int32)[:, None, None]
-    x, y = np.clip(x, 0, side - 1.001), np.clip(y, 0, side - 1.001)
-    i, j = y.astype(np.int32), x.astype(np.int32)
-    y, x = y - i, x - j
-    at = base + i * side + j
-    upper = flat[at] * (1 - x) + flat[at + 1] * x
-    return upper * (1 - y) + (flat[at + side] * (1 - x) + flat[at + side + 1] * x) * y
-
-
 # ---- published sets: files, addresses, digests
 
 CIFAR_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
@@ -445,6 +380,8 @@ SOURCES = {                                                             # set: a
         "Test 20000.cdb": "sha256:f947c38071c886677ec212fe5000863fafae0b4ed349d97d51c33abe3c8e2b07"}),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"}),
+    "dsprites": ("https://github.com/deepmind/dsprites-dataset/raw/master/", {
+        "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz": "git:d98996d3f8ee1550e06b9d4ed78d0beb478910d5"}),
 }
 
 
@@ -549,18 +486,20 @@ def _cifar10(folder, seed):
 PUBLISHED = {                                                           # set: reader, files of which one is there, ...
     "mnist": (_idx_set, (IDX[0], IDX[2]), 256, tuple("0123456789")),    # ... levels, class names
     "fashion-mnist": (_idx_set, (IDX[0], IDX[2]), 256, FASHION_NAMES),
-    "hoda": (_hoda, ("Train 60000.cdb", "Data_hoda_full.mat", "Test 20000.cdb"), 2, PERSIAN_DIGITS),
+    "hoda": (_hoda, ("Train 60000.cdb", "Data_hoda_full.mat", "Test 20000.cdb"), 2, shapes.PERSIAN_DIGITS),
     "cifar10": (_cifar10, [f"cifar-10-batches-bin/{part}_batch*.bin" for part in ("data", "test")], 256, CIFAR_NAMES),
 }
-NAMES = *DENSITIES, "persian", *PUBLISHED
+NAMES = *DENSITIES, "persian", "dsprites", "faces", *PUBLISHED, *shapes.FOLDERS
 
 
-def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=0, download=False) -> Density | Images:
-    """The data set of that name (one of NAMES, or folder:PATH).
+def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=0, download=False,
+         skip_bad=False) -> Density | Images:
+    """The data set of that name (one of NAMES, or folder:PATH, or celeba-...: the folder of that name in data_dir).
 
-    size: side of square images in pixels (folder: 64 if not given). grey: one channel. seed: of the drawing and of the
-    split of a set that comes as one. Raises ValueError for an unknown name or option and for a corrupt file,
-    FileNotFoundError for a missing one.
+    size: side of square images in pixels (if not given, folder: 64, faces and pictures of faces 128, else their own).
+    grey: one channel. seed: of the drawing and of the split of a set that comes as one. dsprites is drawn, unless
+    data_dir/dsprites holds a published file. skip_bad: leave out, with a warning, pictures of a folder that cannot be
+    read. Raises ValueError for an unknown name or option and for a corrupt file, FileNotFoundError for a missing one.
     """
     if size is not None and (name in DENSITIES or size < 1):
         raise ValueError(f"size {size} is impossible for {name}: it is the side of images in pixels, at least 1")
@@ -568,14 +507,20 @@ def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=
         return DENSITIES[name]()
     if name.startswith("folder:") and len(name) > 7:
         path = pathlib.Path(name[7:]).expanduser()
-        return Images(name, *_held_out(formats.read_images(path, size or 64, grey), None, seed))
+        return Images(name, *_held_out(formats.read_images(path, size or 64, grey, skip_bad), None, seed, 5))
+    folder = pathlib.Path(data_dir or "~/.cache/dgm").expanduser() / name
+    if name in SOURCES and download:
+        _download(name, folder)
+    if name == "dsprites":
+        return Images(name, **shapes.dsprites(folder, size, seed))
+    if name == "faces":
+        return Images(name, **shapes.faces(seed, size or 128, grey))
+    if name.startswith(shapes.FOLDERS):
+        return Images(name, **shapes.pictures(folder, size or 128, grey, seed, skip_bad))
     if name == "persian":
-        arrays, levels, class_names = _persian(seed), 2, PERSIAN_DIGITS
+        arrays, levels, class_names = shapes.persian(seed), 2, shapes.PERSIAN_DIGITS
     elif name in PUBLISHED:
         reader, files, levels, class_names = PUBLISHED[name]
-        folder = pathlib.Path(data_dir or "~/.cache/dgm").expanduser() / name
-        if download:
-            _download(name, folder)
         try:
             if not any(any(folder.glob(file)) for file in files):
                 raise FileNotFoundError(f"{folder / files[0]}: there is no such file")

@@ -4,7 +4,9 @@
     read_cdb(path)                    HODA .cdb, binary run lengths     -> list of uint8 {0, 1} arrays, labels
     read_cifar(path)                  CIFAR-10 binary, 3073 a record    -> (N, 3, 32, 32) uint8, labels
     read_mat_cells(path)              MATLAB 5 arrays and cells of arrays -> {name: array or list of arrays}
-    read_images(folder, size, grey)   png and jpg                       -> (N, C, size, size) uint8
+    read_npz(path, name, bits)        one array of an .npz, or its bits -> array, or packed bits and their shape
+    read_images(folder, size, grey)   png and jpg, a folder or a .zip   -> (N, C, size, size) uint8
+    read_attributes(path)             CelebA's list of attributes       -> {file name: bool row}, names
 
 Each reader stands alone and checks what it reads: a missing file gives FileNotFoundError, one that is empty, cut off or
 corrupt gives ValueError, in one sentence with the file, what was expected and what was found. No pickle is ever loaded.
@@ -14,6 +16,7 @@ Sources
   .cdb    Khosravi, Kabir, Pattern Recognition Letters 28(10), 2007 (the set); layout as in HodaDatasetReader
   CIFAR   Krizhevsky, "Learning multiple layers of features from tiny images", 2009, binary version
   MAT     MathWorks, "MAT-file format", chapter 1 (level 5)
+  npy     NumPy, "NEP 1: a simple file format for NumPy arrays"; an .npz is a .zip of them
 """
 
 import gzip
@@ -21,6 +24,8 @@ import io
 import math
 import pathlib
 import struct
+import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -184,31 +189,124 @@ def _mat_matrix(kind, body, cells=False):
     return name, np.frombuffer(part, MAT_TYPES[kind]).reshape(shape, order="F").copy()
 
 
+# ---- NumPy archives
+
+
+def read_npz(path, name: str, bits: bool = False):
+    """The array `name` of an .npz file; with bits the packed rows (N, ceil(M / 8)) of its (N, ...) zeros and ones, M a
+    row, and its shape: read in blocks, so that the 3 GB of dSprites need 378 MB. What is pickled is refused."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, columns_first, dtype = header(file)
+            if dtype.hasobject or columns_first or math.prod(shape) == 0:
+                raise ValueError(f"an array {shape} of {dtype}, columns first: {columns_first}")
+            row = math.prod(shape[1:]) if shape else 1
+            rows, blocks = max(1, 2**24 // (row * dtype.itemsize)) if bits else math.prod(shape[:1]), []
+            for start in range(0, math.prod(shape[:1]), rows):
+                wanted = min(rows, math.prod(shape[:1]) - start) * row * dtype.itemsize
+                block = np.frombuffer(_exactly(file, wanted), dtype).reshape(-1, row)
+                if bits and (dtype != np.uint8 or block.max() > 1):
+                    raise ValueError(f"{dtype} up to {block.max()} where 0 and 1 were to be")
+                blocks.append(np.packbits(block, axis=1) if bits else block)
+            if file.read(1):
+                raise ValueError("bytes behind the array")
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+            struct.error) as e:
+        raise _wrong(path, f"a whole NumPy archive with numbers named {name}", f"{type(e).__name__}: {e}") from None
+    return (np.concatenate(blocks), shape) if bits else blocks[0].reshape(shape).copy()
+
+
+def _exactly(file, size):
+    """The next `size` bytes: a claim of the header alone reserves no memory."""
+    parts = []
+    while size and (part := file.read(min(size, 2**20))):
+        parts.append(part)
+        size -= len(part)
+    if size:
+        raise EOFError(f"{size} bytes are missing")
+    return b"".join(parts)
+
+
 # ---- a folder of pictures
 
 
-def read_images(folder, size: int, grey: bool = False) -> np.ndarray:
+def read_images(folder, size: int, grey: bool = False, skip_bad: bool = False) -> np.ndarray:
     """All .png, .jpg and .jpeg files of a folder in the order of their names: (N, 1 or 3, size, size) uint8.
 
     Transparent parts become white; the short side is brought to `size` (area average) and the centre square kept.
+    skip_bad: leave out, with a warning that names them, the files that cannot be read; else they are a ValueError.
     """
+    return read_named_images(folder, size, grey, skip_bad)[1]
+
+
+def read_named_images(folder, size: int, grey: bool = False, skip_bad: bool = False) -> tuple[list[str], np.ndarray]:
+    """As read_images, of a folder or a .zip of one, with the names of the files that were read."""
+    from tqdm import tqdm
+
     folder = pathlib.Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != ".zip":
         raise _wrong(folder, "a folder of images", "a file")
     if size < 1:
         raise ValueError(f"images of {size} x {size} pixels are impossible; the size must be at least 1")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if folder.is_dir():
+        paths, read = [p.name for p in folder.iterdir()], lambda name: _read(folder / name)
+    else:
+        paths, read = _open_zip(folder)
+    paths = sorted(p for p in paths if p.lower().endswith((".png", ".jpg", ".jpeg")))
     if not paths:
         raise _wrong(folder, "images (.png, .jpg, .jpeg)", "none")
-    return np.stack([_read_image(path, size, grey) for path in paths])
+    out, names, bad = np.empty((len(paths), 1 if grey else 3, size, size), np.uint8), [], []
+    for path in tqdm(paths, f"reading {folder.name}", leave=False, disable=len(paths) < 5000):
+        try:
+            out[len(names)] = _decode_image(read(path), folder / path, size, grey)
+            names.append(pathlib.PurePosixPath(path).name)
+        except ValueError as e:
+            bad.append(str(e))
+    if bad:
+        found = f"{folder}: {len(bad)} of {len(paths)} images cannot be read: {'; '.join(bad[:10])}"
+        if not skip_bad or not names:
+            raise ValueError(found)
+        warnings.warn(f"{found}; they are left out", stacklevel=3)
+    return names, out[:len(names)]
 
 
-def _read_image(path, size, grey):
+def _open_zip(path):
+    """The names in a .zip and the function from a name to its bytes."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as e:
+        raise _wrong(path, "a whole .zip of images", f"{type(e).__name__}: {e}") from None
+
+    def read(name):
+        try:
+            return archive.read(name)
+        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+            raise _wrong(path / name, "a whole member of the .zip", f"{type(e).__name__}: {e}") from None
+    return archive.namelist(), read
+
+
+def read_attributes(path) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
+    """File names, (N, A) bool and the A names of a CelebA list: a count, the names, then `000001.jpg -1 1 ...`."""
+    lines = _read(path).decode("latin1").splitlines()
+    names, rows = (lines[1].split() if len(lines) > 1 else []), [line.split() for line in lines[2:] if line.strip()]
+    if not names or lines[0].strip() != str(len(rows)):
+        raise _wrong(path, "the number of rows, names, and as many rows", f"{lines[0][:20]!r} above {len(rows)} rows")
+    for row in rows:
+        if len(row) != 1 + len(names) or not {*row[1:]} <= {"1", "-1"}:
+            raise _wrong(path, f"a file and {len(names)} of 1 or -1", " ".join(row[:4]) + f" ({len(row)} in all)")
+    return [row[0] for row in rows], np.array([row[1:] for row in rows]) == "1", tuple(names)
+
+
+def _decode_image(raw, path, size, grey):
     from PIL import Image, ImageOps
 
-    raw = _read(path)                                                   # a missing or empty file gets its own sentence
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if image.format == "PNG" and b"IEND\xaeB`\x82" not in raw:

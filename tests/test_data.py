@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import shapes
 
 MIXTURES = [name for name in data.DENSITIES if name != "checkerboard"]
 load = functools.cache(data.load)
@@ -298,9 +299,9 @@ def test_persian_is_binary_balanced_and_deterministic():                # the se
     assert images.train.dtype == torch.uint8 and set(images.train.unique().tolist()) == {0, 1}
     assert torch.bincount(images.train_labels).tolist() == [1000] * 10
     assert torch.bincount(images.test_labels).tolist() == [200] * 10
-    other = data._persian(1, 200, 100)
-    assert all(np.array_equal(a, b) for a, b in zip(other, data._persian(1, 200, 100)))
-    assert not np.array_equal(other[0], data._persian(2, 200, 100)[0])
+    other = shapes.persian(1, 200, 100)
+    assert all(np.array_equal(a, b) for a, b in zip(other, shapes.persian(1, 200, 100)))
+    assert not np.array_equal(other[0], shapes.persian(2, 200, 100)[0])
 
 
 def test_persian_split_is_disjoint_and_without_doubles():               # no np.unique
@@ -332,7 +333,7 @@ def test_distance_is_to_the_nearest_set_pixel(seed):                    # .T dro
     mask[seed % 9, 3] = True
     at, ink = np.argwhere(np.ones((9, 9))), np.argwhere(mask)
     brute = np.sqrt(((at[:, None] - ink) ** 2).sum(-1).min(1)).reshape(9, 9)
-    assert np.allclose(data._distance(mask), brute, atol=1e-5)
+    assert np.allclose(shapes._distance(mask), brute, atol=1e-5)
 
 
 def test_bilinear_is_exact_on_planes():                                 # x and y exchanged; at + side
@@ -342,7 +343,7 @@ def test_bilinear_is_exact_on_planes():                                 # x and 
     x, y = rng.uniform(0, 6.9, (2, 5, 3, 3)).astype(np.float32)
     font, label = rng.integers(0, 2, 5), rng.integers(0, 10, 5)
     expected = (font + 10 * label)[:, None, None] + 2 * y + 3 * x
-    assert np.allclose(data._bilinear(fields.astype(np.float32), font, label, x, y), expected, atol=1e-3)
+    assert np.allclose(shapes._bilinear(fields.astype(np.float32), font, label, x, y), expected, atol=1e-3)
 
 
 @given(st.sampled_from([2, 256]), seeds)
