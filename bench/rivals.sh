@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [--repeats N]
+# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize] [--repeats N]
 # torch is the project's own pin and comes first; each rival is then installed without its dependencies, so that it stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+what=rivals
+if [ "${1:-}" = quantize ]; then what=quantize; shift; fi
 where=$(mktemp -d)
 trap 'rm -rf "$where"' EXIT
 "${PYTHON:-python3}" -m venv "$where/venv"
 pip="$where/venv/bin/python -m pip install --quiet --disable-pip-version-check"
 $pip torch==2.13.0 numpy==2.2.6 einops tqdm
-$pip --no-deps diffusers==0.42.1 azula==0.11.1
-# what importing diffusers' schedulers needs
-$pip --no-deps huggingface_hub safetensors regex requests urllib3 importlib_metadata zipp Pillow packaging pyyaml \
-    httpx httpx2 httpcore2 anyio idna certifi h11 sniffio truststore
-"$where/venv/bin/python" bench/rivals.py "$@"
+if [ $what = quantize ]; then
+    $pip einx==0.4.3
+    $pip --no-deps vector-quantize-pytorch==1.32.0 torch-einops-utils==0.2.0 loguru==0.7.3
+else
+    $pip --no-deps diffusers==0.42.1 azula==0.11.1
+    # what importing diffusers' schedulers needs
+    $pip --no-deps huggingface_hub safetensors regex requests urllib3 importlib_metadata zipp Pillow packaging pyyaml \
+        httpx httpx2 httpcore2 anyio idna certifi h11 sniffio truststore
+fi
+"$where/venv/bin/python" bench/$what.py "$@"

@@ -18,6 +18,8 @@ _HOME = {
     "sample_chain_reference": "diffusion",
     "diffusion_step": "diffusion",
     "diffusion_step_reference": "diffusion",
+    "nearest_code": "quantize",
+    "nearest_code_reference": "quantize",
     "residual_mlp": "mlp",
     "residual_mlp_reference": "mlp",
     "philox": "rng",

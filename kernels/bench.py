@@ -5,8 +5,10 @@
 Correctness first: nothing is timed before the kernel agrees with the reference. Then, on a GPU: whole chains of 1000
 steps against the eager loop as one writes it, the smallest eager loop (biases folded, addmm, in place), torch.compile
 of that step and a CUDA graph of it, and the image update against eager and torch.compile; beside them the physical
-floor, from a copy bandwidth and an fp16 matrix rate measured on the spot. On a CPU: the tiled path against the eager
-loops. Medians of a few runs, and rows where the kernel loses stay in. --write puts the table into kernels/RESULTS.md.
+floor, from a copy bandwidth and an fp16 matrix rate measured on the spot. The nearest code of 65,536 vectors among
+1,024 stands beside eager cdist and argmin, the fewest eager operations, torch.compile and a CUDA graph of both. On a
+CPU: the tiled paths against eager. Medians of a few runs, and rows where the kernel loses stay in. --write puts the
+table into kernels/RESULTS.md.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from . import _runtime, diffusion
+from . import _runtime, diffusion, quantize
 
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 L = 3
@@ -160,6 +162,76 @@ def attempt(function, title, note):
         return None
 
 
+# ---- the nearest code: eager as one writes it, and in the fewest operations
+
+
+def by_cdist(x, codes):
+    return torch.cdist(x, codes).argmin(1)
+
+
+def by_product(x, codes):
+    return torch.addmm(codes.square().sum(1), x, codes.T, alpha=-2).argmin(1)
+
+
+def vectors(N, K, D, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(n, D, generator=g).to(device) for n in (N, K))
+
+
+def gate_nearest(device):
+    x, codes = vectors(777, 300, 64, device)
+    truth = quantize.nearest_code_reference(x.double(), codes.double())
+    wrong = (quantize.nearest_code(x, codes) != truth).sum().item()
+    print(f"gate: nearest_code: {wrong} of 777 indices differ from float64")
+    if wrong:
+        raise SystemExit("the kernel disagrees with the reference: nothing is timed")
+
+
+def bench_nearest_cpu(rows, note, N=16_384, K=512, D=64, repeats=9):
+    x, codes = vectors(N, K, D)
+    a = x[:4096]
+    ms = interleaved_ms({
+        "nearest_code": lambda: quantize.nearest_code(x, codes), "eager cdist, argmin": lambda: by_cdist(x, codes),
+        "eager product, argmin": lambda: by_product(x, codes), "product": lambda: a @ codes.T,
+    }, repeats)
+    floor = ms.pop("product") * N / len(a)
+    for label, value in ms.items():
+        rows.append((f"nearest of {K}, {N:,} x {D}", label, value, value / ms["nearest_code"], floor))
+
+
+def bench_nearest_gpu(rows, note, bandwidth, N=65_536, K=1024, D=64):
+    x, codes = vectors(N, K, D, "cuda")
+    a, b = torch.randn(2, 8192, 8192, device="cuda").unbind()
+    rate = 2 * 8192**3 / event_ms(lambda: a @ b, 10)                    # fp32 without TF32, as cdist's own product
+    note(f"measured here: fp32 product {rate / 1e9:.0f} TFLOP/s")
+    title = f"nearest of {K:,}, {N:,} x {D}"
+    found = quantize.nearest_code(x, codes)
+    for label, function in (("cdist", by_cdist), ("product", by_product)):
+        wrong = (function(x, codes) != found).sum().item()
+        note(f"{title}: eager {label} and argmin give another index in {wrong} rows")
+
+    def graph(function):
+        function(x, codes)
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            function(x, codes)
+        return captured.replay
+
+    cases = {"nearest_code": lambda: lambda: quantize.nearest_code(x, codes)}
+    for label, function in (("cdist, argmin", by_cdist), ("product, argmin", by_product)):
+        cases[f"eager {label}"] = lambda f=function: lambda: f(x, codes)
+        cases[f"torch.compile of {label}"] = lambda f=function: (lambda c: lambda: c(x, codes))(
+            torch.compile(f, dynamic=False))
+        cases[f"CUDA graph of {label}"] = lambda f=function: graph(f)
+    cases["CUDA graph of nearest_code"] = lambda: graph(quantize.nearest_code)
+    ms = {k: attempt(lambda make=make: event_ms(make()), f"{title}, {k}", note) for k, make in cases.items()}
+    floor = max((x.nbytes + 8 * N) / bandwidth, 2 * N * K * D / rate)
+    for label, value in ms.items():
+        if value is not None:
+            rows.append((title, label, value, value / ms["nearest_code"], floor))
+
+
 # ---- the two benches
 
 
@@ -202,6 +274,7 @@ def bench_cpu(rows, note, N=10_000, S=200, repeats=3):
             rows.append((f"chain {N:,} x {S}, width {H}", label, ms[name], ms[name] / ms["ours"], floor))
         noise = 100 * (1 - ms["no noise"] / ms["ours"])
         note(f"width {H}: {ms['ours'] / S:.2f} ms a step; its noise is {noise:.0f}% of it")
+    bench_nearest_cpu(rows, note)
 
 
 def rates():
@@ -252,6 +325,7 @@ def bench_gpu(rows, note):
         for label, value in ms.items():
             if value is not None:
                 rows.append((title, label, value, value / ms["diffusion_step"], 3 * x.nbytes / bandwidth))
+    bench_nearest_gpu(rows, note, bandwidth)
 
 
 def main():
@@ -274,11 +348,13 @@ def main():
         note("No GPU here: this is the PyTorch path on the CPU alone, and nothing below says how fast a kernel is.")
     with torch.no_grad():
         gate(device)
+        gate_nearest(device)
         (bench_gpu if device == "cuda" else bench_cpu)(rows, note)
     table = ["| case | what | ms, median | of ours | floor, ms |", "|---|---|---:|---:|---:|"]
     table += [f"| {case} | {what} | {ms:.3g} | {ratio:.2f}x | {low:.3g} |" for case, what, ms, ratio, low in rows]
     floor = "operations of the products over the measured product rate" + (
-        "; for the update, bytes over the measured copy bandwidth" if device == "cuda" else " of a 4096-row product")
+        " (fp32 for the nearest code); for the update, bytes over the measured copy bandwidth"
+        if device == "cuda" else " of a 4096-row product")
     table += ["", f"Floor: {floor}.", "", *(f"- {n}" for n in notes)]
     print("\n".join(["", *table]))
     if args.write:

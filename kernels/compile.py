@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import diffusion  # noqa: E402
+from . import diffusion, quantize  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -36,10 +36,11 @@ LIMITS = {                                                              # bytes 
     "gfx942": dict(shared=65_536, registers=512),
 }
 NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
-NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop", "instructions")
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
+TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64") | dict.fromkeys(
+    ("P", "Q", "A", "B", "C", "clip", "slack", "tiny"), "fp32")
 NO_SPILL_IN_LOOP = ("sm_90",)
 
 
@@ -57,6 +58,11 @@ def configurations():
         for H in (64, 128):
             chain(f"chain {H}", target, H, 2, True)
         table["step", target] = diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4)
+        for D in (64, 256):
+            config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
+            options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+            table[f"nearest D{D}", target] = quantize.nearest_kernel, dict(D=D, stride_d=1, **config), options
+        table["centre", target] = quantize.centre_kernel, dict(D=64, BK=32, BD=64), dict(num_warps=4)
     for target in ("sm_90", "gfx942"):
         chain("chain 128 D16", target, 128, 16, True)
     chain("chain 128 precise", "sm_90", 128, 2, False)
@@ -76,12 +82,12 @@ def compiled(kernel, constants, options, target):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp16" if name in ("w_hidden_ptr", "w_out_ptr") else "*fp32"
+            signature[name] = TYPES.get(name, "*fp32")
             pointers[i,] = [["tt.divisibility", 16]]
         else:
-            if name == "n" and kernel is diffusion.step_kernel:         # an image's size
+            if name == "stride_n" or name == "n" and kernel is diffusion.step_kernel:       # a row's, an image's size
                 pointers[i,] = [["tt.divisibility", 16]]
-            signature[name] = "fp32" if name in ("P", "Q", "A", "B", "C", "clip") else "i32"
+            signature[name] = TYPES.get(name, "i32")
     source = ASTSource(kernel, signature, constants, pointers)
     gpu = GPUTarget("hip", "gfx942", 64) if target in AMD else GPUTarget("cuda", int(target[3:]), 32)
     return triton.compile(source, target=gpu, options=dict(options, enable_fp_fusion=True))
@@ -165,7 +171,7 @@ def faults(name, target, n, budget):
             yield f"{key} {n[key]} over the hardware's {limits.get(key, 0)}"
     if n["instructions"] < 100:
         yield f"{n['instructions']} instructions: an empty program"
-    if name != "step" and target not in AMD and not n["loop"]:
+    if name not in ("step", "centre") and target not in AMD and not n["loop"]:
         yield "no loop found in the machine code"
     if target in NO_SPILL_IN_LOOP and n["in_loop"]:
         yield f"{n['in_loop']} spills in the loop"
