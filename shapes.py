@@ -300,7 +300,7 @@ def _colour(stops, t):
 
 def _hue(t, mean, swing):
     """Colour (B, 3, 1, 1) at t (B, 1, 1) of [0, 1] around a wheel."""
-    return mean + swing * torch.cos(2 * math.pi * (t[:, None] + torch.tensor([0, 1 / 3, 2 / 3])[:, None, None]))
+    return mean + swing * torch.cos(2 * math.pi * (t[:, None] + _rgb(0, 1 / 3, 2 / 3)))
 
 
 class _Canvas:
@@ -318,7 +318,8 @@ class _Canvas:
         """Turned by `turn` radians, its middle at (x_0, y_0) of a picture from -1 to 1."""
         at = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1
         X, Y, cos, sin = at - x_0, at[:, None] - y_0, turn.cos() / zoom, turn.sin() / zoom
-        return cls(torch.empty(len(X), 3, size, size), X, cos, sin, sin * Y, cos * Y, zoom * (size / 2))
+        rgb = torch.empty(len(X), 3, size, size, dtype=torch.float32)
+        return cls(rgb, X, cos, sin, sin * Y, cos * Y, zoom * (size / 2))
 
     def window(self, left, top, right, bottom):
         """The part of the picture from -1 to 1 between these places."""
@@ -349,6 +350,7 @@ class _Canvas:
 
 def _arc(x, y, half, rise, thick):
     """Signed distance to a stroke of the parabola y = rise (1 - (x / half)^2), |x| < half, of half-width thick."""
+    half = torch.as_tensor(half, dtype=torch.float32)
     u = torch.minimum(torch.maximum(x, -half), half)
     v = y - rise * (1 - (u / half).square())
     return torch.sqrt((x - u).square() + v.square() / (1 + (2 * rise / half.square() * u).square())) - thick
@@ -357,7 +359,7 @@ def _arc(x, y, half, rise, thick):
 def draw_faces(factors, size: int = 128, grey: bool = False) -> Tensor:
     """uint8 faces (B, 3 or 1, size, size) from factors (B, 25) in [0, 1]: ATTRIBUTES, then NUISANCES.
 
-    An attribute between 0 and 1 is half there. Elementwise on blocks of fixed size: the same bits on any thread count.
+    An attribute between 0 and 1 is half there. Elementwise throughout: the same bits on any number of threads.
     """
     factors = torch.as_tensor(factors, dtype=torch.float32)
     many = len(ATTRIBUTES) + len(NUISANCES)
@@ -366,11 +368,12 @@ def draw_faces(factors, size: int = 128, grey: bool = False) -> Tensor:
     if size < 1:
         raise ValueError(f"faces of {size} x {size} pixels are impossible; the size must be at least 1")
     out = torch.empty(len(factors), 1 if grey else 3, size, size, dtype=torch.uint8)
-    for start in range(0, len(factors), 16):
-        rgb = _face(factors[start:start + 16], size)
+    block = max(1, 2**18 // size**2)                                    # a layer of them fits in a cache
+    for start in range(0, len(factors), block):
+        rgb = _face(factors[start:start + block], size)
         if grey:                                                        # luma of ITU-R BT.601
-            rgb = (rgb * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-        out[start:start + 16] = rgb.mul_(255).add_(0.5).clamp_(0, 255)
+            rgb = (rgb * _rgb(0.299, 0.587, 0.114)).sum(1, keepdim=True)
+        out[start:start + block] = rgb.mul_(255).add_(0.5).clamp_(0, 255)
     return out
 
 
@@ -388,13 +391,13 @@ def _face(factors, size):
 
     canvas.rgb.copy_((back - 0.06 * canvas.row_y[:, None]).expand_as(canvas.rgb))
     canvas.paint(back * 0.35 + 0.65, canvas.ellipse(0.0, -0.05, 0.80, 0.80), 0.55)
-    part = canvas.window(-0.9, -0.9, 0.9, 1.0)                          # hair behind the shoulders
-    part.paint(dark_hair, torch.maximum(part.ellipse(0.0, 0.04, half + 0.14, 0.76), part.above(0.70)), f["long_hair"])
+    part = canvas.window(-0.9, 0.1, 0.9, 1.0)                           # hair behind the neck; its top is hidden
+    part.paint(dark_hair, torch.maximum(part.ellipse(0.0, 0.04, half + 0.12, 0.74), part.above(0.70)), f["long_hair"])
     part = canvas.window(-1.0, 0.4, 1.0, 1.0)                           # shoulders, collar, neck and its shadow
     part.paint(cloth, part.ellipse(0.0, 1.18, 0.76, 0.52))
     part = canvas.window(-0.45, 0.2, 0.45, 1.0)
     part.paint(cloth * 0.82, part.ellipse(0.0, 0.67, 0.27, 0.20))
-    throat = torch.maximum(part.xy()[0].abs() - 0.17, part.above(0.67))
+    throat = torch.maximum(part.xy()[0].abs() - 0.17, (part.xy()[1] - 0.46).abs() - 0.21)
     part.paint(skin * _rgb(0.9, 0.84, 0.82), torch.minimum(throat, part.ellipse(0.0, 0.67, 0.21, 0.15)))
     part.paint(shade * 0.92, torch.maximum(throat, part.ellipse(0.0, 0.20, 0.42, 0.46)), 0.6)
 
@@ -416,24 +419,25 @@ def _face(factors, size):
     bare = part.ellipse(0.7 * turn, -0.02, half * 0.84, 0.38)
     beard = torch.minimum(part.ellipse(0.0, -0.06, half, 0.54), part.ellipse(0.0, 0.16, half * 0.80, 0.42)) - 0.012
     part.paint(dark_hair, torch.maximum(torch.maximum(beard, -bare), -part.above(-0.01)), f["beard"])
-    part = canvas.window(-0.4, 0.0, 0.4, 0.65)
+    part = canvas.window(-0.45, 0.0, 0.45, 0.75)
     x, y = part.xy()
     part.paint(shade * 0.94, _arc(x - 1.35 * turn, y - 0.155, span("nose", 0.04, 0.07), 0.03, 0.013))
     _mouth(part, f, x - turn, y - 0.36, skin, dark_hair, span("mouth_width", 0.13, 0.17))
     gap = span("eye_gap", 0.175, 0.21)
     for side in (-1, 1):
-        part = canvas.window(-0.55, -0.4, 0.1, 0.35) if side < 0 else canvas.window(-0.1, -0.4, 0.55, 0.35)
+        part = canvas.window(-0.6, -0.4, 0.15, 0.35) if side < 0 else canvas.window(-0.15, -0.4, 0.6, 0.35)
         _eye(part, f, turn, side, gap, span("eye_size", 0.9, 1.15), hair * 0.6)
 
-    part = canvas.window(-0.9, -0.9, 0.9, 1.0)                          # hair in front, if long beside the face
+    part = canvas.window(-0.75, -0.75, 0.75, 0.3)                       # hair in front, if long beside the face
     open_face = part.ellipse(0.5 * turn, 0.17, half * 0.91, 0.56)
     fringe = torch.maximum(part.ellipse(0.0, -0.04, half + 0.06, 0.65), -open_face)
     part.paint(hair, torch.maximum(fringe, part.above(0.02)))
+    part = canvas.window(-0.9, -0.9, 0.9, 1.0)
     lock = torch.maximum(part.ellipse(0.0, 0.04, half + 0.14, 0.76), part.above(0.58))
     part.paint(hair, torch.maximum(lock, -part.ellipse(0.3 * turn, 0.14, half * 0.95, 0.62)), f["long_hair"])
-    part = canvas.window(-0.45, -0.7, 0.45, -0.15)
+    part = canvas.window(-0.5, -0.75, 0.5, -0.1)
     x, y = part.xy()
-    part.paint(hair * 0.8 + 0.2, _arc(x + 0.05 - 0.5 * turn, y + 0.47, torch.tensor(0.22), -0.08, 0.018), 0.7)
+    part.paint(hair * 0.8 + 0.2, _arc(x + 0.05 - 0.5 * turn, y + 0.47, 0.22, -0.08, 0.018), 0.7)
     _glasses(canvas.window(-0.85, -0.4, 0.85, 0.4), f, turn, gap, half)
     _hat(canvas.window(-0.9, -1.0, 0.9, 0.05), f, half, _hue(f["clothes"] + 0.4, 0.55, 0.26))
     return canvas.rgb
@@ -445,7 +449,7 @@ def _rgb(*colour):
 
 def _mouth(part, f, x, y, skin, hair, half):
     """The moustache of a beard, and the mouth: both shapes of it, of which one is seen."""
-    part.paint(hair, _arc(x.abs() - 0.085, y + 0.075, torch.tensor(0.10), -0.045, 0.030), f["beard"])
+    part.paint(hair, _arc(x.abs() - 0.085, y + 0.075, 0.10, -0.045, 0.030), f["beard"])
     lips, bend, shut = torch.lerp(skin, _rgb(0.66, 0.16, 0.20), 0.65), -0.004 + 0.10 * f["smile"], 1 - f["open_mouth"]
     half, depth = half + 0.025 * f["smile"], 0.105                      # how far the lower lip hangs
     y = y + 0.6 * bend
@@ -473,7 +477,7 @@ def _eye(part, f, turn, side, gap, large, brow):
     x, y, lift = x - x_0, y - y_0, 0.03 * (f["brow"] - 0.5)
     part.paint(ink, _arc(x, y + 0.006, 0.10 * large, -0.068 * large, 0.013), opened)
     part.paint(ink, _arc(x, y, 0.095 * large, 0.042 * large, 0.013), f["closed_eyes"])
-    part.paint(brow, _arc(x - side * 0.01, y + 0.145 + lift + side * 12 * lift * x, torch.tensor(0.105), -0.03, 0.019))
+    part.paint(brow, _arc(x - side * 0.01, y + 0.145 + lift + side * 12 * lift * x, 0.105, -0.03, 0.019))
 
 
 def _glasses(part, f, turn, gap, half):
