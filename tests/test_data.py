@@ -1,4 +1,4 @@
-"""Exact densities, drawn digits, loaders. The comment at a test says which broken line it was seen to catch."""
+"""Exact densities, the images' interface, loaders. The comment at a test says which broken line it was seen to catch."""
 
 import functools
 import gzip
@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import shapes
 
 MIXTURES = [name for name in data.DENSITIES if name != "checkerboard"]
 load = functools.cache(data.load)
@@ -289,61 +288,7 @@ def test_batches_with_labels():
     assert (torch.cdist(x.double(), load("gmm").modes).argmin(1) == labels).all()
 
 
-# ---- drawn digits and the images' interface
-
-
-def test_persian_is_binary_balanced_and_deterministic():                # the seed ignored; labels % 9
-    images = load("persian")
-    assert images.shape == (1, 28, 28) and images.dim == 784 and images.levels == 2 and images.classes == 10
-    assert images.class_names[4] == "۴" and images.train.shape[0] == 10_000 and images.test.shape[0] == 2_000
-    assert images.train.dtype == torch.uint8 and set(images.train.unique().tolist()) == {0, 1}
-    assert torch.bincount(images.train_labels).tolist() == [1000] * 10
-    assert torch.bincount(images.test_labels).tolist() == [200] * 10
-    other = shapes.persian(1, 200, 100)
-    assert all(np.array_equal(a, b) for a, b in zip(other, shapes.persian(1, 200, 100)))
-    assert not np.array_equal(other[0], shapes.persian(2, 200, 100)[0])
-
-
-def test_persian_split_is_disjoint_and_without_doubles():               # no np.unique
-    images = load("persian")
-    rows = [row.numpy().tobytes() for row in torch.cat([images.train, images.test])]
-    assert len(set(rows)) == len(rows)
-
-
-def test_persian_digits_are_told_apart_and_vary():                      # one font; no thickness
-    images = load("persian")
-    ink = images.train.double().flatten(1)
-    means = torch.stack([ink[images.train_labels == c].mean(0) for c in range(10)])
-    guess = torch.cdist(images.test.double().flatten(1), means).argmin(1)
-    assert 0.55 < (guess == images.test_labels).double().mean()
-    amount = torch.stack([ink[images.train_labels == c].sum(1) for c in range(10)])
-    assert 80 < amount.mean() < 160 and (amount.std(1) / amount.mean(1) > 0.31).all() and amount.min() > 0
-    assert amount.mean(1).argmin() == 0                                 # the zero is a dot
-    edge = torch.cat([images.train[:, 0, [0, -1]].flatten(), images.train[:, 0, :, [0, -1]].flatten()])
-    assert edge.double().mean() < 0.01                                  # nothing is cut at the border
-    at = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0))
-    centre = ink @ at / ink.sum(1, keepdim=True) - 13.5
-    assert (centre.mean(0).abs() < 1.5).all() and (centre.std(0) > 1).all()
-
-
-@given(seeds)
-@settings(max_examples=10)
-def test_distance_is_to_the_nearest_set_pixel(seed):                    # .T dropped; square of one axis
-    mask = np.random.default_rng(seed).random((9, 9)) < 0.1
-    mask[seed % 9, 3] = True
-    at, ink = np.argwhere(np.ones((9, 9))), np.argwhere(mask)
-    brute = np.sqrt(((at[:, None] - ink) ** 2).sum(-1).min(1)).reshape(9, 9)
-    assert np.allclose(shapes._distance(mask), brute, atol=1e-5)
-
-
-def test_bilinear_is_exact_on_planes():                                 # x and y exchanged; at + side
-    i, j = np.mgrid[:8, :8].astype(np.float32)
-    fields = np.stack([np.stack([font + 10 * digit + 2 * i + 3 * j for digit in range(10)]) for font in range(2)])
-    rng = np.random.default_rng(0)
-    x, y = rng.uniform(0, 6.9, (2, 5, 3, 3)).astype(np.float32)
-    font, label = rng.integers(0, 2, 5), rng.integers(0, 10, 5)
-    expected = (font + 10 * label)[:, None, None] + 2 * y + 3 * x
-    assert np.allclose(shapes._bilinear(fields.astype(np.float32), font, label, x, y), expected, atol=1e-3)
+# ---- the images' interface
 
 
 @given(st.sampled_from([2, 256]), seeds)
@@ -376,6 +321,11 @@ def test_images_sample_without_replacement_and_with_matching_labels():  # randin
     values = images.unscale(x)[:, 0, 0, 0].long()
     assert torch.equal(values % 3, y) and set(values.tolist()) == set(range(30))
     assert images.unscale(next(images.batches(5, split="test"))).min() >= 100
+
+
+def test_images_carry_the_fields_of_a_set_with_known_factors():         # update dropped
+    x = data.Images("x", *[np.zeros((2, 1, 2, 2), np.uint8), None] * 2, attribute_names=("a",))
+    assert x.attribute_names == ("a",) and x.dim == 4 and x.classes is None
 
 
 def test_images_refuse_what_they_lack():
@@ -495,9 +445,22 @@ def test_folder(tmp_path):
     for i in range(12):
         Image.fromarray(np.full((5, 7, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
     x = data.load(f"folder:{tmp_path}", size=4)
-    assert x.train.shape == (10, 3, 4, 4) and x.test.shape == (2, 3, 4, 4) and x.train_labels is None
+    assert x.train.shape == (10, 3, 4, 4) and x.test.shape == (2, 3, 4, 4) and x.train_labels is None     # 80 / 20
     assert sorted(torch.cat([x.train, x.test])[:, 0, 0, 0].tolist()) == list(range(12))
     assert data.load(f"folder:{tmp_path}", grey=True).shape == (1, 64, 64)
+
+
+def test_folder_with_bad_unequal_and_transparent_pictures(tmp_path):    # skip_bad not handed on
+    from PIL import Image
+    for i, (shape, mode) in enumerate([((9, 5), "L"), ((3, 8), "RGBA"), ((4, 4), "RGB"), ((30, 31), "P"), ((5, 5), "LA")]):
+        Image.new(mode, shape).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1 of 6 images cannot be read: .*bad.png"):
+        data.load(f"folder:{tmp_path}", size=4)
+    with pytest.warns(UserWarning, match="bad.png.*left out"):
+        x = data.load(f"folder:{tmp_path}", size=4, skip_bad=True)
+    assert x.train.shape == (4, 3, 4, 4) and x.test.shape == (1, 3, 4, 4)
+    assert sorted(torch.cat([x.train, x.test])[:, 0, 0, 0].tolist()) == [0, 0, 0, 255, 255]
 
 
 def test_what_load_refuses(tmp_path):

@@ -28,6 +28,66 @@ def centre(images):
     return torch.stack([(ink.sum(k) @ at) / ink.sum((1, 2)) for k in (1, 2)], -1)
 
 
+# ---- Persian digits
+
+
+persian = functools.cache(lambda: data.load("persian"))
+
+
+def test_persian_is_binary_balanced_and_deterministic():                # the seed ignored; labels % 9
+    images = persian()
+    assert images.shape == (1, 28, 28) and images.dim == 784 and images.levels == 2 and images.classes == 10
+    assert images.class_names[4] == "۴" and images.train.shape[0] == 10_000 and images.test.shape[0] == 2_000
+    assert images.train.dtype == torch.uint8 and set(images.train.unique().tolist()) == {0, 1}
+    assert torch.bincount(images.train_labels).tolist() == [1000] * 10
+    assert torch.bincount(images.test_labels).tolist() == [200] * 10
+    other = shapes.persian(1, 200, 100)
+    assert all(np.array_equal(a, b) for a, b in zip(other, shapes.persian(1, 200, 100)))
+    assert not np.array_equal(other[0], shapes.persian(2, 200, 100)[0])
+
+
+def test_persian_split_is_disjoint_and_without_doubles():               # no np.unique
+    images = persian()
+    rows = [row.numpy().tobytes() for row in torch.cat([images.train, images.test])]
+    assert len(set(rows)) == len(rows)
+
+
+def test_persian_digits_are_told_apart_and_vary():                      # one font; no thickness
+    images = persian()
+    ink = images.train.double().flatten(1)
+    means = torch.stack([ink[images.train_labels == c].mean(0) for c in range(10)])
+    guess = torch.cdist(images.test.double().flatten(1), means).argmin(1)
+    assert 0.55 < (guess == images.test_labels).double().mean()
+    amount = torch.stack([ink[images.train_labels == c].sum(1) for c in range(10)])
+    assert 80 < amount.mean() < 160 and (amount.std(1) / amount.mean(1) > 0.31).all() and amount.min() > 0
+    assert amount.mean(1).argmin() == 0                                 # the zero is a dot
+    edge = torch.cat([images.train[:, 0, [0, -1]].flatten(), images.train[:, 0, :, [0, -1]].flatten()])
+    assert edge.double().mean() < 0.01                                  # nothing is cut at the border
+    at = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0))
+    centre = ink @ at / ink.sum(1, keepdim=True) - 13.5
+    assert (centre.mean(0).abs() < 1.5).all() and (centre.std(0) > 1).all()
+
+
+@given(seeds)
+@settings(max_examples=10)
+def test_distance_is_to_the_nearest_set_pixel(seed):                    # .T dropped; square of one axis
+    mask = np.random.default_rng(seed).random((9, 9)) < 0.1
+    mask[seed % 9, 3] = True
+    at, ink = np.argwhere(np.ones((9, 9))), np.argwhere(mask)
+    brute = np.sqrt(((at[:, None] - ink) ** 2).sum(-1).min(1)).reshape(9, 9)
+    assert np.allclose(shapes._distance(mask), brute, atol=1e-5)
+
+
+def test_bilinear_is_exact_on_planes():                                 # x and y exchanged; at + side
+    i, j = np.mgrid[:8, :8].astype(np.float32)
+    fields = np.stack([np.stack([font + 10 * digit + 2 * i + 3 * j for digit in range(10)]) for font in range(2)])
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0, 6.9, (2, 5, 3, 3)).astype(np.float32)
+    font, label = rng.integers(0, 2, 5), rng.integers(0, 10, 5)
+    expected = (font + 10 * label)[:, None, None] + 2 * y + 3 * x
+    assert np.allclose(shapes._bilinear(fields.astype(np.float32), font, label, x, y), expected, atol=1e-3)
+
+
 # ---- dSprites: the grid
 
 
