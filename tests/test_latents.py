@@ -45,7 +45,7 @@ def log_normal(z, mu, logvar):
 
 
 @given(seeds, st.integers(1, 12), st.integers(1, 9), st.integers(1, 40))
-def test_density_of_a_mixture_equals_brute_force(seed, N, S, block):    # 1.0 for sqrt(0.5); scale dropped after exp; the 2 of 2 pi
+def test_density_of_a_mixture_equals_brute_force(seed, N, S, block):    # 1.0 for sqrt(0.5); sum for @ scale; pi for 2 pi
     mu, logvar, z = randn(seed, N), randn(seed + 1, N), randn(seed + 2, S)
     want = log_normal(z[:, None], mu, logvar).logsumexp(1) - math.log(N)
     near(latents._log_density(z, mu, (-0.5 * logvar).exp(), block), want)
@@ -58,7 +58,7 @@ def test_density_far_from_most_components_is_that_of_the_near_one():    # clamp_
 
 
 @given(seeds, st.integers(5, 14), st.integers(1, 4), st.integers(1, 3), st.integers(2, 14))
-def test_information_is_its_definition_point_by_point(seed, N, Z, F, samples):  # rows for rows[at]; members of another value; N for S
+def test_information_is_its_definition_point_by_point(seed, N, Z, F, samples):  # at for rows[at]; all points for members; N for S
     mu, logvar = randn(seed, N, Z), randn(seed + 1, N, Z) - 2
     factors = torch.cat([randint(seed + 2, 3, N - 2, F), torch.tensor([[0], [1]]).expand(2, F)])
     g = rng(7)
@@ -75,7 +75,7 @@ def test_information_is_its_definition_point_by_point(seed, N, Z, F, samples):  
     near(gaps, (best[-1] - best[-2]) / -share[rows].log().mean(0))
 
 
-def test_information_of_gaussians_given_the_factor_is_that_of_quadrature():     # logvar for 0.5 * logvar in the draw or the scale; the marginal twice
+def test_information_of_gaussians_given_the_factor_is_that_of_quadrature():     # logvar for 0.5 * logvar in the draw, in the scale
     N, centres, spreads = 3000, torch.tensor([-1.0, 0.2, 1.5, 1.6]), torch.tensor([0.3, 0.6, 0.2, 1.0])
     v = torch.repeat_interleave(torch.arange(4), torch.tensor([300, 600, 900, 1200]))
     w = randint(0, 3, N)
@@ -95,7 +95,7 @@ def test_information_of_gaussians_given_the_factor_is_that_of_quadrature():     
 
 
 @given(seeds, st.integers(10, 60), st.integers(1, 4), st.integers(1, 3))
-def test_both_estimators_agree_on_latents_of_a_few_values(seed, N, Z, F):       # exp for log_share; V * cell; left edges for right; log2
+def test_both_estimators_agree_on_latents_of_a_few_values(seed, N, Z, F):       # bins * values in the joint; the share for its log; + H(joint)
     mu, factors = randint(seed, 6, N, Z).double(), randint(seed + 1, 4, N, F)
     factors[:4] = torch.arange(4)[:, None]
     chen = latents.mig_chen(mu, torch.full((N, Z), -12.0), factors, [4] * F)
@@ -108,7 +108,7 @@ def test_both_estimators_agree_on_latents_of_a_few_values(seed, N, Z, F):       
 
 
 @given(seeds, st.integers(8, 60), st.integers(1, 5), st.integers(1, 4), st.floats(-6, 1))
-def test_information_is_bounded_by_the_entropy_and_the_gap_by_one(seed, N, Z, F, width):    # clamp_min dropped; / N for the count of rows
+def test_information_is_bounded_by_the_entropy_and_the_gap_by_one(seed, N, Z, F, width):    # clamp_min dropped
     mu, factors = randn(seed, N, Z), randint(seed + 1, 3, N, F)
     factors[:3] = torch.arange(3)[:, None]
     entropy = torch.stack([torch.distributions.Categorical(c.bincount().double()).entropy() for c in factors.T])
@@ -122,7 +122,7 @@ def both(mu, factors, sizes, logvar=-9.0):
     return latents.mig_chen(mu, torch.full_like(mu, logvar), factors, sizes), latents.mig_bins(mu, factors, sizes=sizes)
 
 
-def test_a_latent_for_each_factor_scores_one_and_axes_are_not_confused():      # .T on information; topk(2, 1)
+def test_a_latent_for_each_factor_scores_one_and_axes_are_not_confused():      # information.T returned; topk(2, 1)
     factors = grid(1, 3, 5, 4)
     mu = torch.cat([torch.zeros(60, 2), factors[:, [2, 3, 1]].double(), torch.zeros(60, 1)], 1)         # six latents, three factors
     for mig, gaps, information in both(mu, factors, [1, 3, 5, 4]):
@@ -155,7 +155,7 @@ def test_the_gap_compares_with_the_second_best_of_one_latent_too():     # the ro
 
 @given(seeds, st.integers(-3, 3), st.permutations(range(4)))
 @settings(max_examples=10)
-def test_scale_sign_and_order_of_the_latents_do_not_matter(seed, power, order):     # (-0.5 * logvar) without the sign
+def test_scale_sign_and_order_of_the_latents_do_not_matter(seed, power, order):     # 0.5 for -0.5 in the scale
     factors = grid(3, 5).repeat(20, 1)
     mu = torch.cat([factors.double(), randn(seed, 300, 2)], 1) + 0.3 * randn(seed + 1, 300, 4)
     logvar = randn(seed + 2, 300, 4) - 4
@@ -167,7 +167,7 @@ def test_scale_sign_and_order_of_the_latents_do_not_matter(seed, power, order): 
     near(latents.mig_bins(-(2.0**power) * mu[:, order], factors)[2], latents.mig_bins(mu, factors)[2][list(order)])
 
 
-def test_bins_are_of_equal_width_between_the_extremes():                # bins for bins + 1 edges; the outer edges kept
+def test_bins_are_of_equal_width_between_the_extremes():                # bins for bins + 1; right=False
     v = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])[:, None]
     mu = torch.tensor([0.0, 0.1, 0.2, 0.5, 0.6, 0.9, 1.2, 10.0])[:, None]      # but one in the first of 5
     share = torch.tensor([0.375, 0.25, 0.25, 0.125])                    # joint: (first, 0), (first, 1), (first, 2), (last, 2)
@@ -178,7 +178,7 @@ def test_bins_are_of_equal_width_between_the_extremes():                # bins f
     near(latents.mig_bins(edge, torch.tensor([0, 1, 1, 1])[:, None], bins=2)[1], torch.ones(1))
 
 
-def test_factors_of_one_value_are_left_out_and_bad_ones_named():        # kept dropped; >= for > in kept
+def test_factors_of_one_value_are_left_out_and_bad_ones_named():        # kept dropped; sizes >= 1; factors > sizes
     mu, logvar, factors = randn(0, 12, 2), torch.zeros(12, 2), torch.cat([torch.zeros(12, 1).long(), grid(3, 4)], 1)
     near(latents.mig_chen(mu, logvar, factors)[2], latents.mig_chen(mu, logvar, factors[:, 1:], [3, 4])[2])
     near(latents.mig_chen(mu, logvar, factors, [1, 3, 4])[1], latents.mig_chen(mu, logvar, factors)[1])
@@ -191,7 +191,7 @@ def test_factors_of_one_value_are_left_out_and_bad_ones_named():        # kept d
         latents.mig_bins(mu / 0, factors)
 
 
-def test_disentanglement_names_each_factor_beside_its_floor():          # floor for value; names of all factors; seed of the shuffle
+def test_disentanglement_names_each_factor_beside_its_floor():          # floor for value; names of all factors
     factors = grid(1, 3, 4).repeat(50, 1)
     mu = torch.stack([factors[:, 2].double(), randn(0, 600)], 1)        # the last factor is known, the other is not
     out = latents.disentanglement(mu, torch.full_like(mu, -4.0), factors, [1, 3, 4], ["color", "shape", "x"])
@@ -215,7 +215,7 @@ def test_no_global_generator_is_touched():                              # genera
 
 
 @given(seeds, st.integers(3, 30), st.integers(1, 3), st.integers(1, 6))
-def test_lloyd_never_raises_the_inertia(seed, N, D, K):                 # labels of the step before; * for / counts; the empty left at 0
+def test_lloyd_never_raises_the_inertia(seed, N, D, K):                 # one step only; counts + 1; the centre of the empty at 0
     x = randn(seed, N, D)
     start = randn(seed + 1, 1, D).expand(K, D) if seed % 2 else 4 * randn(seed + 1, K, D)      # equal centres: all but one empty
     rows = list(latents.lloyd(x, start))
@@ -233,20 +233,20 @@ def test_lloyd_never_raises_the_inertia(seed, N, D, K):                 # labels
 
 
 @given(seeds, st.integers(1, 6))
-def test_k_means_starts_on_points_apart(seed, K):                       # uniform draws; x[chosen[0]]; the smaller distance dropped
+def test_k_means_starts_on_points_apart(seed, K):                       # the distance to the last alone; chosen[0]
     x = torch.arange(6.0)[torch.cat([torch.arange(6), torch.zeros(200, dtype=torch.long)])][:, None]
     start = latents._spread(x, K, rng(seed))
     assert len(start.unique()) == K
 
 
-def test_k_means_plus_plus_draws_by_square_distance():                  # the root of the distance; its square
+def test_k_means_plus_plus_draws_by_square_distance():                  # distance for its square
     x = torch.tensor([[0.0], [1.0], [3.0]])
     starts = torch.stack([latents._spread(x, 2, rng(i))[:, 0] for i in range(3000)])
     after_0 = starts[starts[:, 0] == 0, 1]
     assert abs((after_0 == 3).double().mean() - 0.9) < 5 * math.sqrt(0.09 / len(after_0))
 
 
-def test_k_means_finds_what_lies_apart_and_repeats_itself():            # best = the last; > for <
+def test_k_means_finds_what_lies_apart_and_repeats_itself():            # > for <; the last one; ones_like dropped
     x, truth = blobs(1, 5, 30, 6)
     labels, centres, inertia = latents.kmeans(x, 5, seed=3)
     assert latents.matched(truth, labels)[0] == 1
@@ -263,7 +263,7 @@ def test_k_means_finds_what_lies_apart_and_repeats_itself():            # best =
 
 
 @given(seeds, st.integers(4, 25), st.integers(2, 4), st.integers(1, 30))
-def test_silhouette_equals_brute_force(seed, N, K, block):              # counts without - 1; amax; max for min; one point counts 1
+def test_silhouette_equals_brute_force(seed, N, K, block):              # - 1 dropped; amax; minimum(a, b); one alone counts
     x, labels = randn(seed, N, 2), randint(seed + 1, K, N) * 3
     labels[0], labels[1] = 99, 0                                        # 99 is alone
     d, scores = (x[:, None] - x).square().sum(-1).sqrt(), []
@@ -289,7 +289,7 @@ def test_silhouette_of_clusters_apart_and_of_equal_points():            # clamp_
 
 @given(seeds, st.integers(1, 5), st.integers(0, 2), st.booleans())
 @settings(max_examples=80)
-def test_assignment_is_the_best_of_all(seed, n, more, ties):            # u + v; u[i] += 0; v += length; the first free column
+def test_assignment_is_the_best_of_all(seed, n, more, ties):            # + v; u[i] += 0; v += length
     cost = randint(seed, 4, n, n + more).double() - 2 if ties else 10 * randn(seed, n, n + more)
     columns = latents.assignment(cost)
     assert columns.shape == (n,) and len(set(columns.tolist())) == n
@@ -299,7 +299,7 @@ def test_assignment_is_the_best_of_all(seed, n, more, ties):            # u + v;
 
 @given(seeds)
 @settings(max_examples=10)
-def test_assignment_undoes_a_permutation(seed):                         # before[c] = i; row_of[column] = i
+def test_assignment_undoes_a_permutation(seed):                         # row 0 for i at the end of a path
     order = torch.randperm(40, generator=rng(seed))
     cost = torch.rand(40, 40, generator=rng(seed + 1))
     cost[torch.arange(40), order] -= 50.0 * torch.rand(40, generator=rng(seed + 2))
@@ -311,7 +311,7 @@ def test_assignment_undoes_a_permutation(seed):                         # before
 
 
 @given(seeds, st.integers(1, 40), st.integers(1, 6))
-def test_confusion_and_matching(seed, N, K):                            # predicted * K + labels; the assignment of matrix, not -matrix
+def test_confusion_and_matching(seed, N, K):                            # predicted * K + labels; matrix for -matrix
     labels, clusters = randint(seed, K, N), randint(seed + 1, K, N)
     matrix = latents.confusion(labels, clusters)
     near(matrix.sum(1), labels.bincount(minlength=len(matrix)))
@@ -334,7 +334,7 @@ def test_what_is_no_list_of_classes_is_refused():                       # the ch
             latents.confusion(a, b)
 
 
-def test_clustering_stands_beside_its_floor():                          # kmeans(z) for kmeans(other); labels for labels[order]
+def test_clustering_stands_beside_its_floor():                          # z for other, twice; labels for labels[order]
     z, labels = blobs(0, 4, 40, 4)
     out, matrix = latents.clustering(z, labels)
     assert torch.equal(matrix, 40 * torch.eye(4, dtype=torch.long))
@@ -348,7 +348,7 @@ def test_clustering_stands_beside_its_floor():                          # kmeans
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(any))
-def test_perplexity_lies_between_one_and_the_entries_used(counts):      # log2; the sign; / max
+def test_perplexity_lies_between_one_and_the_entries_used(counts):      # counts.max() for the sum
     share, perplexity = latents.codebook(counts)
     used = sum(c > 0 for c in counts)
     assert share == pytest.approx(used / len(counts)) and 1 - 1e-9 <= perplexity <= used + 1e-9
@@ -357,9 +357,10 @@ def test_perplexity_lies_between_one_and_the_entries_used(counts):      # log2; 
     assert perplexity == pytest.approx(math.prod(q**-q for q in p))
 
 
-def test_codebook_of_equal_counts_and_of_none():                        # the checks dropped
+def test_codebook_of_equal_counts_and_of_none():                        # counts > 1; the check dropped
     assert latents.codebook(torch.full((8,), 5)) == pytest.approx((1.0, 8.0))
-    for bad in ([0, 0], [1, -1], [[1]]):
+    assert latents.codebook([0, 1, 0, 0]) == (0.25, 1.0)                # chosen once is used
+    for bad in ([0, 0], [3, -1], [[1]]):
         with pytest.raises(ValueError, match="counts"):
             latents.codebook(bad)
 
@@ -368,7 +369,7 @@ def test_codebook_of_equal_counts_and_of_none():                        # the ch
 
 
 @given(seeds, st.integers(2, 12), st.integers(1, 6))
-def test_pca_with_all_components_gives_the_points_back(seed, N, D):     # x for x - mean; full_matrices; the sign
+def test_pca_with_all_components_gives_the_points_back(seed, N, D):     # x for x - mean; N - 1; sign dropped
     x = randn(seed, N, D) * torch.arange(1, D + 1) + 3
     k = min(N, D)
     scores, mean, components, variances = latents.pca(x, k)
@@ -381,13 +382,14 @@ def test_pca_with_all_components_gives_the_points_back(seed, N, D):     # x for 
     few = latents.pca(x, 1)
     near(few[0], scores[:, :1])
     near((x - few[1] - few[0] @ few[2]).square().sum() / N, variances[1:].sum())        # what is left out, no more
+    assert latents.pca(randn(seed, 5, 3))[0].shape == (5, 2)            # of a plane
     for bad in (0, k + 1):
         with pytest.raises(ValueError, match=f"1 to {k} components"):
             latents.pca(x, bad)
 
 
 @given(seeds, st.integers(6, 25), st.integers(1, 4), st.floats(-3, 3), st.floats(0, 1))
-def test_neighbours_have_the_perplexity_asked_for_and_are_gaussian(seed, N, D, scale, share):  # log(perplexity) / 2; flat turned; u for -u
+def test_neighbours_have_the_perplexity_asked_for_and_are_gaussian(seed, N, D, scale, share):  # log2; flat turned; d.sqrt(); p + p
     x, perplexity = 10**scale * randn(seed, N, D), 1.2 + share * (N - 2.5)
     p = latents.neighbours(x, perplexity)
     near(p.sum(1), torch.ones(N))
@@ -404,7 +406,7 @@ def test_neighbours_have_the_perplexity_asked_for_and_are_gaussian(seed, N, D, s
     near(P[0, 1], (p[0, 1] + p[1, 0]) / (2 * N))
 
 
-def test_perplexities_that_cannot_be():                                 # the check dropped
+def test_perplexities_that_cannot_be():                                 # < len(x)
     for bad in (0.5, 9.0, 30.0):
         with pytest.raises(ValueError, match=r"lies in \[1, 9\)"):
             latents.affinities(randn(0, 10, 2), bad)
@@ -412,7 +414,7 @@ def test_perplexities_that_cannot_be():                                 # the ch
 
 @given(seeds, st.integers(4, 9))
 @settings(max_examples=10)
-def test_gradient_of_tsne_equals_finite_differences(seed, N):           # 2 for 4; P + q; w squared; pull.sum(0) of a lopsided pull
+def test_gradient_of_tsne_equals_finite_differences(seed, N):           # 2 for 4; P + q; w dropped
     P, y, h = latents.affinities(randn(seed, N, 3), 2.0), randn(seed + 1, N, 2), 1e-5
     gradient = latents.tsne_gradient(P, y)
     for i, c in itertools.product(range(N), range(2)):
@@ -425,7 +427,7 @@ def test_gradient_of_tsne_equals_finite_differences(seed, N):           # 2 for 
 
 @given(seeds, st.integers(4, 8))
 @settings(max_examples=10)
-def test_kl_of_tsne_equals_brute_force(seed, N):                        # square root in the tail; the diagonal in the sum
+def test_kl_of_tsne_equals_brute_force(seed, N):                        # w not normalised; 1 on the diagonal
     P, y = latents.affinities(randn(seed, N, 3), 2.0), randn(seed + 1, N, 2)
     pairs = [(i, j) for i in range(N) for j in range(N) if i != j]
     w = {(i, j): 1 / (1 + (y[i] - y[j]).square().sum().item()) for i, j in pairs}
@@ -458,7 +460,7 @@ def test_tsne_of_degenerate_points_is_a_map(x):                         # the no
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 3))
-def test_attribute_vectors_are_the_coefficients_of_a_linear_truth(seed, Z, A):      # a not centred; z.T; partial turned
+def test_attribute_vectors_are_the_coefficients_of_a_linear_truth(seed, Z, A):      # a not centred
     attributes = torch.cat([grid(*[2] * A).view(-1, A), randint(seed, 2, 40, A)])
     truth, base = randn(seed + 1, A, Z), randn(seed + 2, Z)
     near(latents.attribute_vectors(base + attributes.double() @ truth, attributes), truth)
@@ -466,7 +468,7 @@ def test_attribute_vectors_are_the_coefficients_of_a_linear_truth(seed, Z, A):  
 
 
 @given(seeds, st.integers(4, 30))
-def test_one_attribute_moves_by_the_difference_of_means(seed, N):       # a.sum(0) for (1 - a).sum(0); the sign
+def test_one_attribute_moves_by_the_difference_of_means(seed, N):       # a.sum(0) for (1 - a).sum(0)
     z, a = randn(seed, N, 3), randint(seed + 1, 2, N, 2)
     a[:4] = grid(2, 2)
     for k in range(2):
@@ -493,7 +495,7 @@ def test_attributes_without_a_direction_are_refused():                  # the ch
     assert latents.attribute_vectors(z, a, partial=False).shape == (2, 2)
 
 
-def test_a_traversal_moves_one_latent_a_row():                          # row[j] = values; no repeat
+def test_a_traversal_moves_one_latent_a_row():                          # row[j] for row[:, j]
     z = torch.arange(4.0)
     out = latents.traversals(z, [2, 0], [-1, 5, 9])
     assert out.shape == (2, 3, 4) and torch.equal(z, torch.arange(4.0))
@@ -529,7 +531,7 @@ def test_colours_stay_apart(eye):                                       # two co
     assert torch.pdist(lab).min() > 15
 
 
-def test_scatter_picture_shows_each_class_and_its_name(tmp_path):       # one colour for all; points not finite kept
+def test_scatter_picture_shows_each_class_and_its_name(tmp_path):       # one colour for all; text always; points not finite kept
     x, labels = blobs(0, 3, 50, 2)
     x[0], x[1] = math.nan, math.inf
     latents.scatter_picture(tmp_path / "new" / "a.png", x, labels, ["zero", "one", "two"], "a map")
@@ -537,6 +539,8 @@ def test_scatter_picture_shows_each_class_and_its_name(tmp_path):       # one co
     for c in latents.COLOURS[:3]:
         assert close_to(image, c, 40).sum() > 100
     assert close_to(image, latents.COLOURS[3], 20).sum() < 100
+    latents.scatter_picture(tmp_path / "d.png", x[2:], labels[2:], ["zero", "one", "two"], "a map")
+    assert torch.equal(image, picture(tmp_path / "d.png"))
     latents.scatter_picture(tmp_path / "b.png", x.numpy())              # no labels: one colour, no text
     assert close_to(picture(tmp_path / "b.png"), latents.INK).sum() == 0
     latents.scatter_picture(tmp_path / "c.png", x * math.nan, labels)
@@ -544,7 +548,7 @@ def test_scatter_picture_shows_each_class_and_its_name(tmp_path):       # one co
 
 
 @pytest.mark.parametrize("levels, channels", [(2, 1), (256, 3), (None, 1), (None, 4)])
-def test_grid_picture_puts_each_image_in_its_place(tmp_path, levels, channels):     # i % R; W for H; the levels
+def test_grid_picture_puts_each_image_in_its_place(tmp_path, levels, channels):     # i % R; 256 for levels
     R, C, H, W = 3, 4, 12, 9
     x = torch.zeros(R, C, channels, H, W)
     if levels is None:
@@ -565,8 +569,8 @@ def test_grid_picture_puts_each_image_in_its_place(tmp_path, levels, channels): 
     assert picture(tmp_path / "b.png").shape[1] < image.shape[1]        # no labels
 
 
-def test_confusion_picture_shows_what_is_right_in_ink_and_what_is_wrong_in_the_accent(tmp_path):   # the eye turned; .sum(0)
-    matrix = torch.tensor([[90, 0, 0], [0, 0, 30], [0, 0, 0]])
+def test_confusion_picture_shows_what_is_right_in_ink_and_what_is_wrong_in_the_accent(tmp_path):   # accent, ink; .sum(0)
+    matrix = torch.tensor([[90, 0, 0], [0, 0, 30], [60, 0, 60]])
     latents.confusion_picture(tmp_path / "a.png", matrix, ["a", "b", "c"], "k-means", "cluster")
     image = picture(tmp_path / "a.png")
     ink, wrong = (close_to(image, c).nonzero().double().median(0).values for c in (latents.INK, latents.ACCENT))
