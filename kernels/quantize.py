@@ -20,6 +20,8 @@ row with a NaN gets 0. Codes that coincide, and rows very far from the codes, co
 run in PyTorch, where sums of squares decide between codes that float64 scores cannot tell apart.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -39,19 +41,19 @@ def nearest_code_reference(x, codes) -> Tensor:
 class _Scores:
     """Which codes may be the nearest of a tile of rows, as far as rounded scores can tell."""
 
-    def __init__(self, codes, rows):
+    def __init__(self, codes):
         info, D = torch.finfo(codes.dtype), codes.shape[1]
-        self.centre, self.tile = codes[0], codes.new_empty(rows, len(codes))
+        self.centre = codes[0]
         e = codes - self.centre
         self.codes, self.half = e.T.contiguous(), e.square().sum(1).div_(-2)
         self.radius = (-2 * self.half.min()).sqrt()
         self.slack = (D + 16) * info.eps * self.radius                  # eps = 2 u
         self.least = self.slack * self.radius + 4 * D * info.tiny       # products that underflow
 
-    def near(self, x) -> Tensor:
-        """(rows, K) of 0 and 1: within twice the rounding bound of the row's best. No 1 in a row with a NaN."""
-        y, s = x - self.centre, self.tile[: len(x)]
-        torch.addmm(self.half, y, self.codes, out=s)
+    def near(self, x, tile=None) -> Tensor:
+        """(rows, K) of 0 and 1, in `tile`: within the rounding bound of the row's best. No 1 in a row with a NaN."""
+        y = x - self.centre
+        s = torch.addmm(self.half, y, self.codes, out=None if tile is None else tile[: len(x)])
         threshold = s.amax(1).sub_(self.slack * torch.linalg.vector_norm(y, dim=1)).sub_(self.least)
         return s.ge_(threshold[:, None])
 
@@ -68,18 +70,53 @@ def _measure(x, codes, near) -> Tensor:
     return code.new_full((len(x),), len(codes)).scatter_reduce_(0, row[tied], code[tied], "amin")
 
 
+def _share(work, items, threads) -> None:
+    """work(queue) on each of some threads; all of them take their items from the one queue."""
+    queue = iter(items)
+
+    def worker():
+        with torch.inference_mode():
+            work(queue)
+
+    if threads == 1 or len(items) < 2:
+        return worker()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for done in [pool.submit(worker) for _ in range(threads)]:
+            done.result()
+    finally:
+        for _ in queue:                                                 # Ctrl-C: the threads end at their next item
+            pass
+        pool.shutdown()
+
+
 def _nearest_torch(x, codes) -> Tensor:
-    (N, D), K = x.shape, len(codes)
-    rows = max(64, (131_072 if x.device.type == "cpu" else 2**25) // K)     # scores: 0.5 MB, half of a core's L2
-    scores, total = _Scores(codes, min(rows, N)), x.new_empty(N)
+    (N, D), K, cpu = x.shape, len(codes), x.device.type == "cpu"
+    rows = max(64, (131_072 if cpu else 2**25) // K)                    # scores: 0.5 MB, half of a core's L2
+    total, index = x.new_empty(N), x.new_empty(N, dtype=torch.int64)
     weights = torch.arange(K, 2 * K, device=x.device).to(x.dtype)
-    for part, out in zip(x.split(rows), total.split(rows)):
-        torch.mv(scores.near(part), weights, out=out)                   # K + index of one, 2 K or more of several
-    index = total.sub_(K).long()
-    unsure = ((total < 0) | (total >= K)).nonzero()[:, 0]
-    for some in unsure.split(min(rows, max(1, 2**22 // (K * D)))):
-        part = x[some]
-        index[some] = _measure(part, codes, scores.near(part))
+
+    def first(queue):
+        tile = x.new_empty(min(rows, N), K)
+        for part, out in queue:
+            torch.mv(scores.near(part, tile), weights, out=out)         # K + index of one, 2 K or more of several
+
+    def again(queue):
+        for some in queue:
+            index[some] = _measure(x[some], codes, scores.near(x[some]))
+
+    # One thread a tile, not all threads on each operation: on a shared machine their barriers, eight a tile, were
+    # measured at 60 times the work. New threads take the count that is set here.
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        scores = _Scores(codes)
+        _share(first, list(zip(x.split(rows), total.split(rows))), threads if cpu else 1)
+        index.copy_(total.sub_(K))
+        unsure = ((total < 0) | (total >= K)).nonzero()[:, 0]
+        _share(again, unsure.split(min(rows, max(1, 2**22 // (K * D)))), threads if cpu else 1)
+    finally:
+        torch.set_num_threads(threads)
     return index
 
 
