@@ -6,6 +6,7 @@
     attribute_vectors, traversals                                   directions, and walks along them
     codebook                                                        what a quantiser uses of its entries
     scatter_picture, grid_picture, confusion_picture                files, in the style of metrics.py
+    report(model, truth, folder) -> {name: metric}                  all of it for an autoencoder, with its pictures
 
 Metrics are those of metrics.py, {value, floor, unit, better}. A floor is the same number where the latents know
 nothing: for shuffled factors or labels; or for other points, such as the data itself, where they are given.
@@ -29,6 +30,7 @@ import math
 import torch
 from torch import Tensor
 
+import metrics
 from metrics import ACCENT, INK, MUTED, PAPER, _bytes, _figure, _points, _rgb, _title, _write, metric
 
 # ---- disentanglement: the mutual information gap
@@ -486,3 +488,78 @@ def confusion_picture(path, matrix, names=None, title: str = "", said: str = "sa
     ax.spines[:].set_visible(False)
     _title(ax, title)
     _write(path, lambda handle: figure.savefig(handle, format="png"))
+
+
+# ---- all of it for one autoencoder
+
+
+def report(model, truth, folder, seed: int = 0) -> dict[str, dict]:
+    """Metrics and pictures, into `folder`, of what a trained autoencoder knows of the held-out images of a data.Images.
+
+    The model has code(x) -> z, mean(z) -> x, and either encode(x) -> (mu, logvar) or, with a book of codes, quantize.
+    Factors that are known: `disentanglement` at 10,000 images. Labels: `clustering` of 1,500 beside that of their
+    pixels, maps, confusions. Attributes: `attribute_added`, the share of the faces without a smile in which a
+    classifier of real images sees one when the smile's vector is added; its floor is the share of decoded smiles in
+    which it sees one. A book: the share of it in use and its perplexity."""
+    pick = torch.randperm(len(truth.test), generator=torch.Generator().manual_seed(seed))
+    device, out, levels = next(model.parameters()).device, {}, truth.levels
+    scaled = lambda images, rows: truth.scale(images[rows]).to(device)
+    with torch.inference_mode():
+        q = lambda x: [torch.cat(parts) for parts in zip(*[model.encode(part) for part in x.split(500)])]
+        code = lambda x: torch.cat([model.code(part) for part in x.split(500)])
+        half = min(6, len(pick) // 2)
+        few = scaled(truth.test, pick[: 2 * half])
+        z, gaussian = code(few), isinstance(model.encode(few), tuple)
+        walk = torch.linspace(0, 1, 9, device=device).view(9, *[1] * z.dim())
+        between = model.mean((z[:half] + walk * (z[half:] - z[:half])).flatten(0, 1))
+        grid_picture(folder / "interpolation.png", between.unflatten(0, (9, half)).transpose(0, 1).cpu(), levels=levels)
+        if hasattr(model, "quantize"):
+            index = model.quantize(model.encode(scaled(truth.test, pick[:1000])))[1]
+            used, perplexity = codebook(index.flatten().bincount(minlength=len(model.codes)))
+            out |= {"codes_used": metric(used, 1, "share", "higher"),
+                    "perplexity": metric(perplexity, len(model.codes), "codes", "higher")}
+        if gaussian:
+            mu, logvar = q(scaled(truth.test, pick[:1000]))
+            told = (mu.square() + logvar.expm1() - logvar).mean(0)              # twice the KL of each latent
+            rows = told.argsort(descending=True)[:10].tolist()
+            shown = model.mean(traversals(z[0], rows, torch.linspace(-2.5, 2.5, 9)).flatten(0, 1))
+            grid_picture(folder / "traversals.png", shown.unflatten(0, (len(rows), 9)).cpu(),
+                         [f"{told[j] / 2:.1f} nats" for j in rows], levels=levels)
+        if gaussian and hasattr(truth, "factor_sizes"):
+            rows = pick[:10_000]
+            mu, logvar = q(scaled(truth.test, rows))
+            factors = truth.factors(truth.test.index[rows])
+            out |= disentanglement(mu.cpu(), logvar.cpu(), factors, truth.factor_sizes, truth.factor_names, seed)
+        if truth.test_labels is not None and not hasattr(truth, "factor_sizes") and len(pick) >= 100:
+            x, labels = scaled(truth.test, pick[:1500]), truth.test_labels[pick[:1500]]
+            z, names = code(x).flatten(1).cpu(), truth.class_names
+            numbers, matrix = clustering(z, labels, x.flatten(1).cpu(), seed)
+            out |= numbers
+            scatter_picture(folder / "latents-pca.png", pca(z)[0], labels, names, "two principal components")
+            scatter_picture(folder / "latents-tsne.png", tsne(z, seed=seed)[0], labels, names, "t-SNE")
+            confusion_picture(folder / "latents-clusters.png", matrix, names, "k-means against the classes")
+    if hasattr(truth, "train_attributes"):
+        out |= _attributes(model, truth, folder, pick, code, scaled)
+    return out
+
+
+def _attributes(model, truth, folder, pick, code, scaled):
+    names = truth.attribute_names
+    smile = next((k for k, name in enumerate(names) if name.lower().startswith("smil")), 0)
+    has = truth.test_attributes[pick, smile]
+    judge = metrics.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels)
+    with torch.inference_mode():
+        z, known = code(scaled(truth.train, slice(4000))), truth.train_attributes[:4000].double()
+        varied = ((known != known[0]).any(0)).nonzero()[:, 0].tolist()
+        partial = torch.linalg.matrix_rank(known[:, varied] - known[:, varied].mean(0)) == len(varied)
+        vectors = dict(zip(varied, attribute_vectors(z.flatten(1), known[:, varied], bool(partial)).to(z)))
+        add = lambda z, k: z + vectors[k].view(z.shape[1:])
+        seen = lambda z: (metrics._judge(judge, truth.unscale(model.mean(z)))[0].argmax(1) == 1).double().mean()
+        without, there = (code(scaled(truth.test, pick[has == v][:500])) for v in (False, True))
+        out = {"attribute_added": metric(seen(add(without, smile)), seen(there), "share", "higher"),
+               "attribute_unasked": metric(seen(without), 0, "share", "lower")}
+        shown, few = [smile, *[k for k in varied if k != smile]][:8], without[:6]
+        columns = [scaled(truth.test, pick[~has][:6]), model.mean(few), *[model.mean(add(few, k)) for k in shown]]
+        grid_picture(folder / "attributes.png", torch.stack(columns, 1).cpu(), None,
+                     ["held out", "decoded", *[f"+ {names[k].replace('_', ' ')}" for k in shown]], truth.levels)
+    return out

@@ -323,7 +323,7 @@ def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None 
 
     Held-out images, which neither model nor classifier saw, are cut in two halves: one stands in for the samples (the
     floor), one is what both are compared with; samples and stand-ins are cut to the same number. Without labels
-    there is only `pixel_sliced_w2`. Pass `classifier` (see train_classifier) to reuse one."""
+    or with known factors there is only `pixel_sliced_w2`. Pass `classifier` (see train_classifier) to reuse one."""
     _check_images(samples, truth.levels)
     held_out = torch.randperm(len(truth.test), generator=torch.Generator().manual_seed(seed))
     n = min(len(samples), len(held_out) // 2)
@@ -331,7 +331,7 @@ def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None 
         raise ValueError(f"too few images to compare: {len(samples)} samples, {len(held_out)} held out")
     samples, second, reference = samples[:n].cpu(), truth.test[held_out[:n]].cpu(), truth.test[held_out[-n:]].cpu()
     out = {}
-    if truth.train_labels is None:
+    if truth.train_labels is None or hasattr(truth, "factor_sizes"):               # sprites are too small to classify
         flat = lambda x: x.flatten(1) * (2.0 / (truth.levels - 1))
         out["pixel_sliced_w2"] = metric(*(sliced_w2(flat(x), flat(reference)) for x in (samples, second)))
     else:

@@ -19,8 +19,7 @@ References
   [4] Burgess et al., Understanding disentangling in beta-VAE, arXiv 1804.03599
   [5] Tomczak, Welling, VAE with a VampPrior, arXiv 1705.07120
   [6] van den Oord, Vinyals, Kavukcuoglu, Neural Discrete Representation Learning, arXiv 1711.00937
-  [7] Xiao et al., SC-VAE: Sparse Coding-based Variational Autoencoder, arXiv 2303.16666; LISTA: Gregor, LeCun, Learning
-      Fast Approximations of Sparse Coding, ICML 2010
+  [7] Xiao et al., Sparse Coding-based Variational Autoencoder, arXiv 2303.16666; LISTA: Gregor, LeCun, ICML 2010
 
 Glossary
   paper        code          shape        meaning
@@ -100,9 +99,6 @@ def sparse_objective(h: Tensor, z: Tensor, D: Tensor, sparsity: float) -> Tensor
     return 0.5 * (h - z @ D.T).square().sum(-1) + sparsity * z.abs().sum(-1)
 
 
-# ---- the hot loop in plain PyTorch; kernels/ holds the fused one
-
-
 def nearest_code_plain(z, codes):
     """(N, D), (K, D) -> (N,): the index of the nearest code, the lowest of equals."""
     return (codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
@@ -129,24 +125,18 @@ def mlp(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, d_out))
 
 
-def stages(shape, width: int) -> list[tuple[int, int, int]]:
-    """(C, H, W) from the image, halved once at least, down to a grid of at most 8 on a side."""
-    sizes = [tuple(shape)]
-    while len(sizes) < 2 or max(sizes[-1][1:]) > 8:
-        sizes.append((width * min(len(sizes), 2), *(-(-s // 2) for s in sizes[-1][1:])))
-    return sizes
-
-
-def shrink(sizes) -> nn.Sequential:
-    """A stride-2 convolution from each of the `stages` to the next."""
-    return nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in
-                           (nn.Conv2d(a[0], b[0], 3, 2, 1), nn.SiLU())])
-
-
-def grow(sizes) -> nn.Sequential:
-    """The mirror of `shrink`, with transposed convolutions; the last is linear."""
-    back = [nn.ConvTranspose2d(b[0], a[0], (4 - a[1] % 2, 4 - a[2] % 2), 2, 1) for a, b in zip(sizes, sizes[1:])]
-    return nn.Sequential(*[layer for conv in back[:0:-1] for layer in (conv, nn.SiLU())], back[0])
+def pyramid(shape, width: int) -> tuple[nn.Sequential, nn.Sequential, tuple[int, int, int]]:
+    """Strided convolutions from an image to a grid of at most 8 on a side, the way back, and the grid (c, h, w). Sides
+    above 32 shrink by 4 at once: few wide pixels are cheaper than many narrow ones."""
+    down, up, size = [], [], tuple(shape)
+    while not down or max(size[1:]) > 8:
+        s = 4 if max(size[1:]) > 32 else 2
+        grid = width * (2 if down else 1), *(-(-n // s) for n in size[1:])
+        crop = nn.ZeroPad2d((0, size[2] - s * grid[2], 0, size[1] - s * grid[1]))             # back to just this size
+        down += [nn.Conv2d(size[0], grid[0], s + 1, s, s // 2), nn.SiLU()]
+        up = [nn.Conv2d(grid[0], size[0] * s**2, 3, padding=1), nn.PixelShuffle(s), crop, nn.SiLU(), *up]
+        size = grid
+    return nn.Sequential(*down), nn.Sequential(*up[:-1]), grid
 
 
 class CodePrior(nn.Module):
@@ -204,11 +194,10 @@ class VAE(nn.Module):
             self.encoder = nn.Sequential(nn.Flatten(), mlp(dim, 2 * self.latent, width))
             self.decoder = mlp(self.latent, out, width)
         else:                                               # with one hidden layer between grid and z
-            sizes = stages(self.shape, width)
-            flat = math.prod(sizes[-1])
-            self.encoder = nn.Sequential(shrink(sizes), nn.Flatten(), mlp(flat, 2 * self.latent, 8 * width, 1))
-            self.decoder = nn.Sequential(mlp(self.latent, flat, 8 * width, 1), nn.SiLU(), nn.Unflatten(1, sizes[-1]),
-                                         grow(sizes))
+            down, up, grid = pyramid(self.shape, width)
+            flat = math.prod(grid)
+            self.encoder = nn.Sequential(down, nn.Flatten(), mlp(flat, 2 * self.latent, 8 * width, 1))
+            self.decoder = nn.Sequential(mlp(self.latent, flat, 8 * width, 1), nn.SiLU(), nn.Unflatten(1, grid), up)
 
     # -- p and q
 
@@ -369,10 +358,9 @@ class GridVAE(VAE):
         if len(self.shape) == 1:
             self.grid, self.encoder, self.decoder = (1, 1), mlp(dim, self.latent, width), mlp(self.latent, out, width)
             return
-        sizes = stages(self.shape, width)
-        c, *self.grid = sizes[-1]
-        self.encoder = nn.Sequential(shrink(sizes), nn.Conv2d(c, self.latent, 3, padding=1))
-        self.decoder = nn.Sequential(nn.Conv2d(self.latent, c, 3, padding=1), nn.SiLU(), grow(sizes))
+        down, up, (c, *self.grid) = pyramid(self.shape, width)
+        self.encoder = nn.Sequential(down, nn.Conv2d(c, self.latent, 3, padding=1))
+        self.decoder = nn.Sequential(nn.Conv2d(self.latent, c, 3, padding=1), nn.SiLU(), up)
 
     def encode(self, x):
         """(B, P, latent)."""
@@ -540,6 +528,7 @@ def main():
     import time
 
     import data
+    import latents
     import metrics
     import run
 
@@ -584,6 +573,8 @@ def main():
         seconds = time.perf_counter() - began
         scores = evaluate(model, truth.sample(args.bound_rows).to(job.device), args.bound_samples)
         results, samples = job.judge(samples, truth)
+        if not density:
+            results |= latents.report(model, truth, job.folder)
         floors = {"elbo": -truth.entropy, "nll": truth.entropy} if density else {}
         for name, value in scores.items():
             better = "higher" if name == "elbo" else "lower"

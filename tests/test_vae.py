@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import latents
 import metrics
 import vae
 
@@ -128,19 +129,19 @@ def test_mixture_is_the_mean_of_its_components(seed, K, Z):                     
 # ---- networks
 
 
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 3), st.integers(1, 5))
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.integers(1, 5))
 @settings(max_examples=12)
-def test_convolutions_take_any_size(H, W, C, Z):                                # sizes[0] for sizes[-1]
+def test_convolutions_take_any_size(H, W, C, Z):                                # s * n for s * m; s for s + 1
     shape = (C, H, W)
-    sizes = vae.stages(shape, 2)
-    assert sizes[0] == shape and max(sizes[-1][1:]) <= 8 and [c for c, *_ in sizes[1:]] == [2, 4, 4][:len(sizes) - 1]
-    assert all(a == (-(-h // 2), -(-w // 2)) for (_, h, w), (_, *a) in zip(sizes, map(tuple, sizes[1:])) for a in [tuple(a)])
+    down, up, grid = vae.pyramid(shape, 2)
+    assert max(grid[1:]) <= 8 and grid[0] in (2, 4)
     x = torch.randn(2, *shape)
+    assert down(x).shape == (2, *grid) and up(down(x)).shape == x.shape
     model = vae.VAE(shape, Z, width=2, network="conv")
     mu, logvar = model.encode(x)
     assert mu.shape == logvar.shape == (2, Z) and model.decode(mu)[0].shape == x.shape
-    grid = vae.GridVAE(shape, Z, width=2)
-    assert grid.encode(x).shape == (2, math.prod(sizes[-1][1:]), Z) and grid.decode(grid.encode(x))[0].shape == x.shape
+    model = vae.GridVAE(shape, Z, width=2)
+    assert model.encode(x).shape == (2, math.prod(grid[1:]), Z) and model.decode(model.encode(x))[0].shape == x.shape
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv"])
@@ -581,9 +582,14 @@ def test_training_raises_the_bound(name):
                                               ("persian", ["--model", "iwae", "--network", "conv"]),
                                               ("persian", ["--model", "beta", "--likelihood", "gaussian"]),
                                               ("gmm", ["--model", "vq"]), ("gmm", ["--model", "sc"]),
-                                              ("persian", ["--model", "vq"]), ("persian", ["--model", "sc"])])
+                                              ("persian", ["--model", "vq"]), ("persian", ["--model", "sc"]),
+                                              ("dsprites", ["--model", "beta"]), ("faces", ["--size", 32])])
 def test_a_run_leaves_its_numbers(cli, monkeypatch, dataset, options):
-    monkeypatch.setattr(metrics, "train_classifier", lambda x, labels, classes, levels, *rest: metrics.Classifier(1, 10, 2))
+    monkeypatch.setattr(metrics, "train_classifier",
+                        lambda x, labels, classes, levels, *rest: metrics.Classifier(x.shape[1], classes, levels).eval())
+    monkeypatch.setattr(latents, "tsne", lambda z, seed: (z[:, :2], 0.0))
+    kmeans = latents.kmeans
+    monkeypatch.setattr(latents, "kmeans", lambda x, k, seed: kmeans(x, k, restarts=1, steps=2, seed=seed))
     small = ["--steps", 3, "--batch", 8, "--width", 4, "--channels", 4, "--codes", 6, "--samples", 200, "--bound-samples", 7, "--bound-rows", 20]
     status, error, out = cli(vae, "--dataset", dataset, *small, *options)
     assert status == 0, error
@@ -593,6 +599,14 @@ def test_a_run_leaves_its_numbers(cli, monkeypatch, dataset, options):
         assert "reconstruction" in result["metrics"] and "elbo" not in result["metrics"]
     else:
         assert {"elbo", "nll"} <= result["metrics"].keys() and result["metrics"]["nll_standard_error"]["value"] > 0
+    if dataset == "persian":
+        assert "cluster_accuracy" in result["metrics"] and (folder / "latents-tsne.png").is_file()
+        assert ("codes_used" in result["metrics"]) == ("vq" in options)
+        assert (folder / "traversals.png").is_file() == ("vq" not in options and "sc" not in options)
+    if dataset == "dsprites":
+        assert {"mig_chen", "mig_bins", "mig_chen_posX"} <= result["metrics"].keys()
+    if dataset == "faces":
+        assert "attribute_added" in result["metrics"] and (folder / "attributes.png").is_file()
     assert (folder / "samples.png").is_file() and (folder / "process.gif").is_file()
     status, error, _ = cli(vae, "--ckpt", folder / "model.pt", "--samples", 200, "--bound-samples", 7, "--bound-rows", 20)
     assert status == 0, error
