@@ -530,7 +530,7 @@ def report(model, truth, folder, seed: int = 0) -> dict[str, dict]:
             mu, logvar = q(scaled(truth.test, rows))
             factors = truth.factors(truth.test.index[rows])
             out |= disentanglement(mu.cpu(), logvar.cpu(), factors, truth.factor_sizes, truth.factor_names, seed)
-        if truth.test_labels is not None and not hasattr(truth, "factor_sizes") and len(pick) >= 100:
+        if truth.test_labels is not None and not {"factor_sizes", "train_attributes"} & vars(truth).keys():
             x, labels = scaled(truth.test, pick[:1500]), truth.test_labels[pick[:1500]]
             z, names = code(x).flatten(1).cpu(), truth.class_names
             numbers, matrix = clustering(z, labels, x.flatten(1).cpu(), seed)
@@ -547,7 +547,8 @@ def _attributes(model, truth, folder, pick, code, scaled):
     names = truth.attribute_names
     smile = next((k for k, name in enumerate(names) if name.lower().startswith("smil")), 0)
     has = truth.test_attributes[pick, smile]
-    judge = metrics.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels)
+    judge = metrics.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels, steps=500,
+                                     batch=64, lr=3e-3, most=64)
     with torch.inference_mode():
         z, known = code(scaled(truth.train, slice(4000))), truth.train_attributes[:4000].double()
         varied = ((known != known[0]).any(0)).nonzero()[:, 0].tolist()
@@ -556,7 +557,9 @@ def _attributes(model, truth, folder, pick, code, scaled):
         add = lambda z, k: z + vectors[k].view(z.shape[1:])
         seen = lambda z: (metrics._judge(judge, truth.unscale(model.mean(z)))[0].argmax(1) == 1).double().mean()
         without, there = (code(scaled(truth.test, pick[has == v][:500])) for v in (False, True))
-        out = {"attribute_added": metric(seen(add(without, smile)), seen(there), "share", "higher"),
+        right = (metrics._judge(judge, truth.test[pick[:500]])[0].argmax(1) == 1) == has[:500]
+        out = {"judge_accuracy": metric(right.double().mean(), None, "share", "higher"),
+               "attribute_added": metric(seen(add(without, smile)), seen(there), "share", "higher"),
                "attribute_unasked": metric(seen(without), 0, "share", "lower")}
         shown, few = [smile, *[k for k in varied if k != smile]][:8], without[:6]
         columns = [scaled(truth.test, pick[~has][:6]), model.mean(few), *[model.mean(add(few, k)) for k in shown]]

@@ -249,21 +249,22 @@ def bits_per_dim(nll_nats: float, dims: int) -> float:
 
 
 class Classifier(nn.Module):
-    """uint8 images (B, C, H, W) of `levels` values -> logits (B, classes); `features` -> (B, 64). H, W >= 8."""
+    """uint8 images (B, C, H, W) of `levels` values, H, W >= 8 -> logits (B, classes); `features` -> (B, 64). Sides are
+    reduced to `most`: 32 for the class, more for the detail."""
 
-    def __init__(self, channels: int, classes: int, levels: int, width: int = 24):
+    def __init__(self, channels: int, classes: int, levels: int, width: int = 24, most: int = 32):
         super().__init__()
         half = lambda i, o, k: [nn.Conv2d(i, o, k, 2, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        self.levels = levels
+        self.levels, self.most, pool = levels, most, most**2 // 512
         self.body = nn.Sequential(
             *half(channels, width, 5), *half(width, 2 * width, 3), *half(2 * width, 4 * width, 3),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, 64), nn.ReLU())
+            nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(4 * width * pool**2, 64), nn.ReLU())
         self.head = nn.Linear(64, classes)
 
     def features(self, x: Tensor) -> Tensor:
         x = x.to(self.head.weight.dtype) * (2 / (self.levels - 1)) - 1
-        if max(x.shape[-2:]) > 32:
-            x = F.interpolate(x, size=(32, 32), mode="area")                    # for the class, not the detail
+        if max(x.shape[-2:]) > self.most:
+            x = F.interpolate(x, size=(self.most, self.most), mode="area")
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(x: Tensor, labels: Tensor, classes: int, levels: int, seed: int = 0, steps: int = 600,
-                     batch: int = 128, progress: bool = True) -> Classifier:
+                     batch: int = 128, progress: bool = True, lr: float = 1e-2, most: int = 32) -> Classifier:
     """A classifier in eval mode, fitted to uint8 images x (N, C, H, W) with random shifts of up to 2 pixels.
 
     About 25 s on two cores for 28x28; it runs where x lies. The same seed gives the same classifier."""
@@ -280,10 +281,10 @@ def train_classifier(x: Tensor, labels: Tensor, classes: int, levels: int, seed:
     _check_images(x, levels)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)                        # torch.manual_seed would reach the GPUs
-        model = Classifier(x.shape[1], classes, levels).to(x.device, torch.float32, memory_format=torch.channels_last)
+        model = Classifier(x.shape[1], classes, levels, 24, most).float()
     g = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps + 1)
+    optimizer = torch.optim.Adam(model.to(x.device, memory_format=torch.channels_last).parameters(), lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     labels = labels.to(x.device)
     for _ in tqdm(range(steps), "classifier for the metrics", leave=False, disable=not progress):
         i = torch.randint(len(x), (batch,), generator=g).to(x.device)
@@ -322,8 +323,8 @@ def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None 
     ink                   |share of pixels set - the real share|, percentage points; binary sets only
 
     Held-out images, which neither model nor classifier saw, are cut in two halves: one stands in for the samples (the
-    floor), one is what both are compared with; samples and stand-ins are cut to the same number. Without labels
-    or with known factors there is only `pixel_sliced_w2`. Pass `classifier` (see train_classifier) to reuse one."""
+    floor), one is what both are compared with; samples and stand-ins are cut to the same number. Without labels,
+    or where they are factors, there is only `pixel_sliced_w2`. Pass `classifier` (of train_classifier) to reuse one."""
     _check_images(samples, truth.levels)
     held_out = torch.randperm(len(truth.test), generator=torch.Generator().manual_seed(seed))
     n = min(len(samples), len(held_out) // 2)
@@ -331,7 +332,7 @@ def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None 
         raise ValueError(f"too few images to compare: {len(samples)} samples, {len(held_out)} held out")
     samples, second, reference = samples[:n].cpu(), truth.test[held_out[:n]].cpu(), truth.test[held_out[-n:]].cpu()
     out = {}
-    if truth.train_labels is None or hasattr(truth, "factor_sizes"):               # sprites are too small to classify
+    if truth.train_labels is None or {"factor_sizes", "train_attributes"} & vars(truth).keys():
         flat = lambda x: x.flatten(1) * (2.0 / (truth.levels - 1))
         out["pixel_sliced_w2"] = metric(*(sliced_w2(flat(x), flat(reference)) for x in (samples, second)))
     else:

@@ -61,8 +61,8 @@ def log_normal(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
-    """x log p + (1 - x) log(1 - p) with p = sigmoid(logits), elementwise; a log-probability for x in {0, 1}."""
-    return x * logits - F.softplus(logits)
+    """log-probability of bits x in {-1, 1} with p(1) = sigmoid(logits), elementwise."""
+    return F.logsigmoid(x * logits)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
@@ -216,13 +216,12 @@ class VAE(nn.Module):
 
     def binarize(self, x: Tensor) -> Tensor:
         """What the likelihood is of: for bernoulli -1 or 1, drawn with the grey level as probability of 1; else x."""
-        return 2 * torch.bernoulli((x + 1) / 2) - 1 if self.likelihood == "bernoulli" else x
+        return 2 * (torch.empty_like(x).uniform_(-1, 1) < x).to(x.dtype) - 1 if self.likelihood == "bernoulli" else x
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) in nats, (B,)."""
-        terms = (log_bernoulli((x + 1) / 2, *self.decode(z)) if self.likelihood == "bernoulli"
-                 else log_normal(x, *self.decode(z)))
-        return terms.flatten(1).sum(1)
+        law = log_bernoulli if self.likelihood == "bernoulli" else log_normal
+        return law(x, *self.decode(z)).flatten(1).sum(1)
 
     def components(self) -> tuple[Tensor, Tensor]:
         """mu and logvar, (K, Z) each, of the Gaussians whose even mixture is the prior: N(0, I) alone."""
@@ -542,7 +541,11 @@ def main():
                   "codes": (128, "of the book (vq), atoms (sc)"), "code_dim": (8, "numbers in a code (vq, sc)"),
                   "sparsity": (0.1, "weight of |z|_1 (sc)"), "size": (0, "of images, in pixels; 0 keeps them")},
         sampling={"bound_samples": (1000, "k of the likelihood"), "bound_rows": (500, "examples it is measured on")},
-        images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000})
+        images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000,
+                "mnist": {"steps": 40_000, "bound_rows": 1000}, "vq": {"steps": 4000, "batch": 64},
+                "dsprites": {"model": "beta", "latent": 10, "batch": 32, "steps": 5000, "bound_samples": 20},
+                "faces": {"latent": 64, "batch": 32, "steps": 2000, "bound_samples": 20, "bound_rows": 200},
+                "sc": {"steps": 4000, "batch": 64}})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
         density = hasattr(truth, "log_prob")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize] [--repeats N]
+# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize | vae_rivals] [--repeats N]
 # torch is the project's own pin and comes first; each rival is then installed without its dependencies, so that it stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=rivals
-if [ "${1:-}" = quantize ]; then what=quantize; shift; fi
+if [ "${1:-}" = quantize ] || [ "${1:-}" = vae_rivals ]; then what=$1; shift; fi
 where=$(mktemp -d)
 trap 'rm -rf "$where"' EXIT
 "${PYTHON:-python3}" -m venv "$where/venv"
@@ -13,6 +13,10 @@ $pip torch==2.13.0 numpy==2.2.6 einops tqdm
 if [ $what = quantize ]; then
     $pip einx==0.4.3
     $pip --no-deps vector-quantize-pytorch==1.32.0 torch-einops-utils==0.2.0 loguru==0.7.3
+elif [ $what = vae_rivals ]; then
+    $pip matplotlib
+    $pip --no-deps pythae==0.1.2 pydantic pydantic_core annotated_types typing_inspection imageio pillow cloudpickle \
+        scipy scikit-learn joblib threadpoolctl
 else
     $pip --no-deps diffusers==0.42.1 azula==0.11.1
     # what importing diffusers' schedulers needs

@@ -84,13 +84,12 @@ def test_log_normal_is_the_libraries(x, mean, logvar):
     close(vae.log_normal(x, mean, logvar), torch.distributions.Normal(mean, (logvar / 2).exp()).log_prob(x))
 
 
-@given(st.floats(-40, 40), st.floats(0, 1))
-def test_log_bernoulli_is_normalised_and_a_cross_entropy(logit, x):             # a sign of softplus
-    logit, x = torch.tensor(logit), torch.tensor(x)
-    both = torch.stack([vae.log_bernoulli(torch.tensor(v), logit) for v in (0.0, 1.0)])
+@given(st.floats(-40, 40))
+def test_log_bernoulli_is_normalised(logit):                                    # a sign of the logit
+    logit = torch.tensor(logit)
+    both = torch.stack([vae.log_bernoulli(torch.tensor(v), logit) for v in (-1.0, 1.0)])
     close(both.exp().sum(), 1.0)
     close(both[1].exp(), logit.sigmoid())
-    close(vae.log_bernoulli(x, logit), (1 - x) * both[0] + x * both[1])
 
 
 @given(numbers, st.floats(-2, 1))
@@ -586,7 +585,8 @@ def test_training_raises_the_bound(name):
                                               ("dsprites", ["--model", "beta"]), ("faces", ["--size", 32])])
 def test_a_run_leaves_its_numbers(cli, monkeypatch, dataset, options):
     monkeypatch.setattr(metrics, "train_classifier",
-                        lambda x, labels, classes, levels, *rest: metrics.Classifier(x.shape[1], classes, levels).eval())
+                        lambda x, labels, classes, levels, *rest, **more:
+                        metrics.Classifier(x.shape[1], classes, levels).eval())
     monkeypatch.setattr(latents, "tsne", lambda z, seed: (z[:, :2], 0.0))
     kmeans = latents.kmeans
     monkeypatch.setattr(latents, "kmeans", lambda x, k, seed: kmeans(x, k, restarts=1, steps=2, seed=seed))
