@@ -445,6 +445,9 @@ class SCVAE(GridVAE):
         self.forward_weight, self.lateral = nn.Parameter(D / L), nn.Parameter(torch.eye(codes) - D.T @ D / L)
         self.theta = nn.Parameter(torch.full((codes,), sparsity / L))
 
+    def encode(self, x):                                    # of unit size: `sparsity` means the same everywhere
+        return F.rms_norm(super().encode(x), (self.latent,))
+
     def lista(self, h: Tensor) -> Tensor:
         """(..., latent) -> sparse codes (..., codes). It starts as ISTA on sparse_objective, `unrolled` steps from 0 of
         z <- soft_threshold(z + D^T (h - D z) / L, sparsity / L)."""

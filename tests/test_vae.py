@@ -503,8 +503,9 @@ def test_lista_starts_as_ista(unrolled):                                        
     close(square.lista(h), h @ square.dictionary)                               # a threshold is never negative
 
 
-def test_sparse_codes_are_decoded_through_the_dictionary_and_scored():          # z for D z
+def test_sparse_codes_are_decoded_through_the_dictionary_and_scored():          # z for D z; the norm left out
     model, x = rough("sc", codes=7, latent=4), torch.randn(5, 2)
+    close(model.encode(1e3 * x).square().mean(2), torch.ones(5, 1), atol=1e-4, rtol=0)
     z = model.code(x)
     assert z.shape == (5, 1, 7)
     close(model.decode(z)[0], vae.GridVAE.decode(model, z @ model.dictionary.T)[0])
