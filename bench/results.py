@@ -22,11 +22,12 @@ def main():
     parser.add_argument("script")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--root", default="results", help="folder of the seeds' folders")
     parser.add_argument("--read", action="store_true")
     args, rest = parser.parse_known_args()
     found = []
     for seed in args.seeds:
-        out = ROOT / "results" / f"seed-{seed}"
+        out = ROOT / args.root / f"seed-{seed}"
         if not args.read:
             options = [o.format(seed=seed) for o in rest]
             command = [sys.executable, args.script, "--dataset", args.dataset, "--seed", str(seed), "--out", str(out)]
