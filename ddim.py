@@ -346,7 +346,8 @@ def main():
     with run.Run(args) as job:
         times = timesteps(args.T, args.sample_steps, args.spacing)
         ddim_coefficients(linear_schedule(args.T), times, args.model, args.eta)           # an impossible eta ends here
-        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
+        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
+                          skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
         clip = None if density else 1.0
         if args.ckpt and run.read_checkpoint(args.ckpt)["script"] == "ddpm":

@@ -507,7 +507,8 @@ def main():
         images={"model": "x0", "schedule": "cosine", "variance": "large", "steps": 4000, "batch": 32, "lr": 2e-3,
                 "width": 32, "samples": 1000, "sample_steps": 100})
     with run.Run(args) as job:
-        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
+        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
+                          skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
         model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
         times = timesteps(args.T, args.sample_steps or args.T, args.spacing)

@@ -76,6 +76,7 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
         "samples": (10_000, "samples to draw for the report"),
         "data_dir": (str(pathlib.Path("~/.cache/dgm").expanduser()), "where real data lies"),
         "download": (False, "fetch missing data that has a public address"),
+        "skip_bad": (False, "leave out pictures of a folder that cannot be read"),
         "device": ("auto", "auto, cpu or cuda", ["auto", "cpu", "cuda"]),
         "out": ("results", "folder of results"),
         "resume": (False, "continue from the last checkpoint"),

@@ -535,7 +535,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, model="vamp", steps=5000, batch=512, lr=2e-3,
+        __doc__, MODELS, model="vamp", steps=4000, batch=512, lr=2e-3,
         training={"latent": (2, "dimensions of z"), "width": (128, "of the MLPs"), "channels": (32, "of convolutions"),
                   "network": ("auto", "encoder and decoder", ["auto", "mlp", "conv"]),
                   "likelihood": ("auto", "of x given z", ["auto", "bernoulli", "gaussian"]),
@@ -550,7 +550,8 @@ def main():
                 "faces": {"latent": 64, "batch": 32, "steps": 2000, "bound_samples": 20, "bound_rows": 200},
                 "sc": {"steps": 2500, "batch": 64}})
     with run.Run(args) as job:
-        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download)
+        truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
+                          skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
         learnt = lambda n: truth.sample(n, **{} if density else {"split": "train"}).to(job.device)
         if args.model == "vq" and not density and args.codes > len(truth.train):

@@ -337,3 +337,20 @@ def test_a_set_and_a_model_bring_their_own_defaults(options, steps, batch):     
     images = {"steps": 2, "persian": {"steps": 3, "batch": 4}, "b": {"steps": 5}}
     args = run.parse("", ["a", "b"], steps=1, batch=1, lr=1.0, images=images, argv=options)
     assert (args.steps, args.batch) == (steps, batch)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_a_bad_picture_is_named_and_skipped_only_when_asked(cli, tmp_path):     # skip_bad not handed on
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("L", (8, 8), 6 * i).save(folder / f"{i}.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    options = ["--dataset", f"folder:{folder}", "--size", 8, "--steps", 2, "--batch", 4, "--width", 16, "--T", 40, "--samples", 4,
+               "--sample-steps", 2]
+    status, error, _ = cli(ddpm, *options)
+    assert status == 2 and "bad.png" in error and "Traceback" not in error
+    status, error, _ = cli(ddpm, *options, "--skip-bad")
+    assert status == 0, error
