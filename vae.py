@@ -535,7 +535,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, model="vamp", steps=4000, batch=512, lr=2e-3,
+        __doc__, MODELS, model="vamp", steps=3000, batch=512, lr=2e-3,
         training={"latent": (2, "dimensions of z"), "width": (128, "of the MLPs"), "channels": (32, "of convolutions"),
                   "network": ("auto", "encoder and decoder", ["auto", "mlp", "conv"]),
                   "likelihood": ("auto", "of x given z", ["auto", "bernoulli", "gaussian"]),
