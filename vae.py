@@ -206,7 +206,7 @@ class VAE(nn.Module):
         return mu, logvar.clamp(-12, 8)                     # a variance of 0 or infinity has no logarithm
 
     def decode(self, z: Tensor) -> tuple[Tensor, ...]:
-        """(logits,), or (mean, logvar): what log_likelihood and draw take, (B, *shape)."""
+        """(logits,), or (mean, logvar): what log_likelihood takes, (B, *shape)."""
         out = self.decoder(z)
         if self.variances:
             mean, logvar = out.chunk(2, 1)
@@ -275,6 +275,8 @@ class VAE(nn.Module):
 
     def nodes(self) -> tuple[Tensor, Tensor]:
         """z (n, 2) and log(p(z) dz) (n,): the prior of a latent of two dimensions as a sum, a grid a component."""
+        if self.latent != 2:
+            raise ValueError(f"log p(x) as a sum over z wants a latent of two dimensions; this has {self.latent}")
         mu, logvar = self.components()
         cells = max(6, round(100 / len(mu) ** 0.5))
         axis = ((torch.arange(cells, device=mu.device) + 0.5) / cells - 0.5) * 9              # midpoints
@@ -519,9 +521,9 @@ def build(config: dict, shape, levels) -> VAE:
 
 @torch.inference_mode()
 def evaluate(model: VAE, x: Tensor, k: int, rows: int = 50) -> dict[str, Tensor]:
-    """reconstruction, -log p(x|z); rate, the KL; and where there is a bound elbo and nll, -L_k: (N,) nats each."""
+    """reconstruction, -log p(x|z); with a bound rate, the KL, elbo and nll, -L_k; else objective: (N,) each."""
     nll, rate = (torch.cat(term) for term in zip(*[model.terms(part)[:2] for part in x.split(rows)]))
-    out = {"reconstruction": nll, "rate": rate}
+    out = {"reconstruction": nll, "rate" if model.bounded else model.rate: rate}
     bounds = lambda: {"elbo": -nll - rate, "nll": -torch.cat([model.bound(part, k) for part in x.split(rows)])}
     return out | bounds() if model.bounded else out
 
