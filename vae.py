@@ -74,12 +74,10 @@ def log_mean_exp(x: Tensor, dim: int = 0) -> Tensor:
 
 
 def log_mixture(z: Tensor, mu: Tensor, logvar: Tensor, log_weight) -> Tensor:
-    """log sum_k exp(log_weight_k) N(z; mu_k, diag exp(logvar_k)) for z (..., Z) and K components (K, Z), shape (...).
-
-    The square is multiplied out, so that the distances are two matrix products and never (..., K, Z)."""
+    """log sum_k exp(log_weight_k) N(z; mu_k, diag exp(logvar_k)) of z (..., Z) and K components (K, Z), shape (...)."""
     precision = (-logvar).exp()                                                                # (K, Z)
     constant = (logvar + mu.square() * precision).sum(-1) + z.shape[-1] * math.log(2 * math.pi)
-    distance = z.square() @ precision.T - 2 * z @ (mu * precision).T                           # (..., K)
+    distance = z.square() @ precision.T - 2 * z @ (mu * precision).T                           # never (..., K, Z)
     return (log_weight - 0.5 * (distance + constant)).logsumexp(-1)
 
 
@@ -140,8 +138,7 @@ def pyramid(shape, width: int) -> tuple[nn.Sequential, nn.Sequential, tuple[int,
 
 
 class CodePrior(nn.Module):
-    """log p(k_1 .. k_P) of a grid of codes in raster order, index (B, P): a GRU that reads the last code and the one
-    above."""
+    """log p(k_1 .. k_P) of codes in raster order, index (B, P): a GRU that reads the last code and the one above."""
 
     def __init__(self, codes: int, grid: tuple[int, int], width: int = 64):
         super().__init__()
@@ -187,7 +184,7 @@ class VAE(nn.Module):
         if self.variances:                                  # started at 1, it explains all and z is never used
             nn.init.constant_(self.decoder[-1].bias[dim:], -4.0)
         elif likelihood == "gaussian":
-            self.logvar = nn.Parameter(torch.tensor(-1.0))
+            self.logvar = nn.Parameter(torch.tensor(-4.0))
 
     def networks(self, dim: int, out: int, width: int, network: str):
         if network == "mlp":
@@ -216,7 +213,11 @@ class VAE(nn.Module):
 
     def binarize(self, x: Tensor) -> Tensor:
         """What the likelihood is of: for bernoulli -1 or 1, drawn with the grey level as probability of 1; else x."""
-        return 2 * (torch.empty_like(x).uniform_(-1, 1) < x).to(x.dtype) - 1 if self.likelihood == "bernoulli" else x
+        if self.likelihood != "bernoulli":
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
+        u = words.view(torch.int16)[: x.numel()].view(x.shape) + 0.5            # 16 bits a pixel, on (-2^15, 2^15)
+        return torch.copysign(torch.ones_like(x), 2**15 * x - u)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) in nats, (B,)."""
@@ -474,8 +475,7 @@ class SCVAE(GridVAE):
 
     @torch.no_grad()
     def fit(self, x: Tensor):
-        """A Gaussian copula of the codes of x: each coordinate keeps its values, zeros too, each pair its rank
-        correlation."""
+        """A Gaussian copula of the codes of x: each coordinate keeps its values, each pair its rank correlation."""
         z = self.code(x).flatten(1)
         order = (z + 1e-6 * torch.randn_like(z)).argsort(0).argsort(0)                        # equal values: by lot
         self.values, self.scores = z.sort(0).values, torch.special.ndtri((order + 0.5) / len(z))
@@ -549,7 +549,7 @@ def main():
         images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000,
                 "mnist": {"steps": 40_000, "bound_rows": 1000}, "vq": {"steps": 2500, "batch": 64},
                 "dsprites": {"model": "beta", "latent": 10, "batch": 32, "steps": 5000, "bound_samples": 20},
-                "faces": {"latent": 64, "batch": 32, "steps": 2000, "bound_samples": 20, "bound_rows": 200},
+                "faces": {"latent": 64, "batch": 8, "lr": 2e-3, "steps": 9000, "bound_samples": 20, "bound_rows": 200},
                 "sc": {"steps": 2500, "batch": 64}})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
