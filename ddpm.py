@@ -13,6 +13,7 @@ References
   [2] Nichol, Dhariwal, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672
   [3] Salimans, Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512
   [4] Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891
+  [5] Hoogeboom, Heek, Salimans, simple diffusion: End-to-end diffusion for high resolution images, arXiv 2301.11093
 
 Glossary
   paper             code                     shape     meaning
@@ -65,8 +66,10 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return torch.cat([alphas_cumprod[:1], r.square()])
 
 
-def make_schedule(name: str, T: int, zero_snr: bool = False) -> Tensor:
+def make_schedule(name: str, T: int, zero_snr: bool = False, snr: float = 1.0) -> Tensor:
+    """alphas_cumprod (T + 1,); the signal-to-noise ratio of every time is multiplied by `snr`. [5] section 3.1"""
     alphas_cumprod = cumulate({"linear": linear_betas, "cosine": cosine_betas}[name](T))
+    alphas_cumprod = (alphas_cumprod.logit() + math.log(snr)).sigmoid()             # log SNR = logit(abar)
     return zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod
 
 
@@ -124,9 +127,16 @@ def x0_weights(prediction: str, abar: Tensor) -> tuple[Tensor, Tensor]:
     return {"eps": (1 / a, -b / a), "x0": (0 * a, 0 * a + 1), "v": (a, -b)}[prediction]       # [1] (15), [3]
 
 
+def x0_weight(a: Tensor, b: Tensor) -> Tensor:
+    """What the error of x_0 weighs in the loss: sqrt(SNR), halfway from 1 to the SNR that makes it the error of eps. At
+    1 the error under heavy noise, which nobody can avoid, drowns that of the times when digits take shape."""
+    return (a / b).clamp(max=10)
+
+
 def loss_weight(prediction: str, abar: Tensor) -> Tensor:
-    """Squared error of `prediction` over that of eps, for the same denoiser."""
-    return {"eps": torch.ones_like(abar), "x0": (1 - abar) / abar, "v": 1 / abar}[prediction]
+    """The loss of `prediction` over that of eps, for the same denoiser."""
+    x0 = x0_weight(abar.sqrt(), (1 - abar).sqrt()) * (1 - abar) / abar
+    return {"eps": torch.ones_like(abar), "x0": x0, "v": 1 / abar}[prediction]
 
 
 # ---- maths: the bound
@@ -364,15 +374,19 @@ class Diffusion(nn.Module):
                         else UNet(shape[0], out, alphas_cumprod, width))
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """L_simple, and with learned variance 0.001 T times the bound's term, its mean held fixed. [2] (16)"""
+        """L_simple, weighed for x0; with learned variance 0.001 T times the bound's term too, its mean fixed. [2] (16)"""
         a, b = self.scales[:, t]
         x_t = q_sample(x_0, eps, a, b)
         out, wanted = self.network(x_t, t), target(self.prediction, x_0, eps, a, b)
-        if self.variance != "learned":
-            return {"loss": F.mse_loss(out, wanted)}
-        out, fraction = out.chunk(2, 1)
-        term = self._bound_term(x_0, x_t, torch.cat([out.detach(), fraction], 1), t)
-        return {"loss": F.mse_loss(out, wanted), "bound": 1e-3 * self.T * term.mean() / math.log(2)}
+        guess, fraction = out.chunk(2, 1) if self.variance == "learned" else (out, None)
+        if self.prediction == "x0":
+            simple = (like(x0_weight(a, b), x_0) * (guess - wanted).square()).mean()
+        else:
+            simple = F.mse_loss(guess, wanted)
+        if fraction is None:
+            return {"loss": simple}
+        term = self._bound_term(x_0, x_t, torch.cat([guess.detach(), fraction], 1), t)
+        return {"loss": simple, "bound": 1e-3 * self.T * term.mean() / math.log(2)}
 
     def p_mean_logvar(self, x_t: Tensor, out: Tensor, table: dict[str, Tensor], i) -> tuple[Tensor, Tensor]:
         """Mean and log variance of p(x_s | x_t), both as x_t; row(s) i of a reverse_table. [1] (11), [2] (15)"""
@@ -472,8 +486,8 @@ def train(model: Diffusion, average: nn.Module, optimizer, batches, steps: int, 
 
 def build(config: dict, shape, levels) -> Diffusion:
     """The model that the options of a run, or of a checkpoint, describe."""
-    return Diffusion(shape, make_schedule(config["schedule"], config["T"], config["zero_snr"]), config["model"],
-                     config["variance"], levels, config["width"], config["depth"])
+    schedule = make_schedule(config["schedule"], config["T"], config["zero_snr"], config["snr"])
+    return Diffusion(shape, schedule, config["model"], config["variance"], levels, config["width"], config["depth"])
 
 
 @torch.inference_mode()
@@ -498,13 +512,13 @@ def main():
     args = run.parse(
         __doc__, PREDICTIONS, steps=10_000, batch=512, lr=4e-3,
         training={"T": (1000, "diffusion steps"), "schedule": ("linear", "noise schedule", ["linear", "cosine"]),
-                  "zero_snr": (False, "rescale to zero terminal SNR"),
+                  "zero_snr": (False, "rescale to zero terminal SNR"), "snr": (1.0, "factor on the schedule's SNR"),
                   "variance": ("small", "of the reverse process", ["small", "large", "learned"]),
                   "width": (128, "of the network"), "depth": (3, "residual layers of the MLP"),
                   "size": (0, "resize images to this many pixels; 0 keeps them")},
         sampling={"sample_steps": (0, "steps of the reverse process; 0 means all T"),
                   "spacing": ("trailing", "of a strided chain", ["leading", "trailing", "quadratic"])},
-        images={"model": "x0", "schedule": "cosine", "variance": "large", "steps": 4000, "batch": 32, "lr": 2e-3,
+        images={"model": "x0", "schedule": "cosine", "variance": "large", "steps": 5000, "batch": 32, "lr": 2e-3,
                 "width": 32, "samples": 1000, "sample_steps": 100})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
