@@ -374,7 +374,7 @@ class Diffusion(nn.Module):
                         else UNet(shape[0], out, alphas_cumprod, width))
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        """L_simple, weighed for x0; with learned variance 0.001 T times the bound's term too, its mean fixed. [2] (16)"""
+        """L_simple, weighed for x0; with learned variance 0.001 T times the bound too, its mean held fixed. [2] (16)"""
         a, b = self.scales[:, t]
         x_t = q_sample(x_0, eps, a, b)
         out, wanted = self.network(x_t, t), target(self.prediction, x_0, eps, a, b)
