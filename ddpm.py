@@ -127,7 +127,7 @@ def x0_weights(prediction: str, abar: Tensor) -> tuple[Tensor, Tensor]:
     return {"eps": (1 / a, -b / a), "x0": (0 * a, 0 * a + 1), "v": (a, -b)}[prediction]       # [1] (15), [3]
 
 
-def x0_weight(a: Tensor, b: Tensor) -> Tensor:
+def x0_emphasis(a: Tensor, b: Tensor) -> Tensor:
     """What the error of x_0 weighs in the loss: sqrt(SNR), halfway from 1 to the SNR that makes it the error of eps. At
     1 the error under heavy noise, which nobody can avoid, drowns that of the times when digits take shape."""
     return (a / b).clamp(max=10)
@@ -135,7 +135,7 @@ def x0_weight(a: Tensor, b: Tensor) -> Tensor:
 
 def loss_weight(prediction: str, abar: Tensor) -> Tensor:
     """The loss of `prediction` over that of eps, for the same denoiser."""
-    x0 = x0_weight(abar.sqrt(), (1 - abar).sqrt()) * (1 - abar) / abar
+    x0 = x0_emphasis(abar.sqrt(), (1 - abar).sqrt()) * (1 - abar) / abar
     return {"eps": torch.ones_like(abar), "x0": x0, "v": 1 / abar}[prediction]
 
 
@@ -380,7 +380,7 @@ class Diffusion(nn.Module):
         out, wanted = self.network(x_t, t), target(self.prediction, x_0, eps, a, b)
         guess, fraction = out.chunk(2, 1) if self.variance == "learned" else (out, None)
         if self.prediction == "x0":
-            simple = (like(x0_weight(a, b), x_0) * (guess - wanted).square()).mean()
+            simple = (like(x0_emphasis(a, b), x_0) * (guess - wanted).square()).mean()
         else:
             simple = F.mse_loss(guess, wanted)
         if fraction is None:

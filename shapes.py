@@ -129,6 +129,9 @@ class Drawn:
         blocks = [self.draw(block) for block in index.reshape(-1).split(1024)]
         return torch.cat(blocks).reshape(*index.shape, *self.shape[1:])
 
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        return self[index]
+
     def to(self, device) -> "Drawn":
         """The same images, made on that device."""
         return Drawn(self.draw, self.index.to(device), self.shape[1:], self.levels)

@@ -200,7 +200,7 @@ def test_every_prediction_gives_back_the_data(abar, prediction, seed):          
 
 
 @given(st.floats(1e-3, 1 - 1e-3), predictions, st.integers(0, 99))
-def test_loss_weight_is_the_ratio_of_losses(abar, prediction, seed):            # 1 / abar -> abar; x0_weight left out
+def test_loss_weight_is_the_ratio_of_losses(abar, prediction, seed):            # 1 / abar -> abar; x0_emphasis left out
     abar = torch.tensor([abar])
     a, b = abar.sqrt(), (1 - abar).sqrt()
     x_t, x_0, other = tensors(1, 2, n=3, seed=seed)
