@@ -68,6 +68,8 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
 def make_schedule(name: str, T: int, zero_snr: bool = False, snr: float = 1.0) -> Tensor:
     """alphas_cumprod (T + 1,); the signal-to-noise ratio of every time is multiplied by `snr`. [5] section 3.1"""
+    if snr <= 0:
+        raise ValueError(f"the factor on the signal-to-noise ratio must be above 0; got {snr}")
     alphas_cumprod = cumulate({"linear": linear_betas, "cosine": cosine_betas}[name](T))
     alphas_cumprod = (alphas_cumprod.logit() + math.log(snr)).sigmoid()             # log SNR = logit(abar)
     return zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod

@@ -129,6 +129,8 @@ def test_zero_terminal_snr_keeps_the_first_and_shifts_the_last(name, T):        
 
 
 def test_impossible_schedules_are_refused():
+    with pytest.raises(ValueError, match="above 0; got 0"):
+        ddpm.make_schedule("cosine", 30, snr=0)
     with pytest.raises(ValueError, match="more than 20 steps"):
         ddpm.linear_betas(20)
     with pytest.raises(ValueError, match="zero terminal SNR"):
