@@ -521,7 +521,7 @@ def main():
         sampling={"sample_steps": (0, "steps of the reverse process; 0 means all T"),
                   "spacing": ("trailing", "of a strided chain", ["leading", "trailing", "quadratic"])},
         images={"model": "x0", "schedule": "cosine", "variance": "large", "steps": 5000, "batch": 32, "lr": 2e-3,
-                "width": 32, "samples": 1000, "sample_steps": 100})
+                "width": 32, "samples": 1000, "sample_steps": 50})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
