@@ -13,7 +13,6 @@ References
   [2] Nichol, Dhariwal, Improved Denoising Diffusion Probabilistic Models, arXiv 2102.09672
   [3] Salimans, Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512
   [4] Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891
-  [5] Hoogeboom, Heek, Salimans, simple diffusion: End-to-end diffusion for high resolution images, arXiv 2301.11093
 
 Glossary
   paper             code                     shape     meaning
@@ -66,12 +65,8 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return torch.cat([alphas_cumprod[:1], r.square()])
 
 
-def make_schedule(name: str, T: int, zero_snr: bool = False, snr: float = 1.0) -> Tensor:
-    """alphas_cumprod (T + 1,); the signal-to-noise ratio of every time is multiplied by `snr`. [5] section 3.1"""
-    if snr <= 0:
-        raise ValueError(f"the factor on the signal-to-noise ratio must be above 0; got {snr}")
+def make_schedule(name: str, T: int, zero_snr: bool = False) -> Tensor:
     alphas_cumprod = cumulate({"linear": linear_betas, "cosine": cosine_betas}[name](T))
-    alphas_cumprod = (alphas_cumprod.logit() + math.log(snr)).sigmoid()             # log SNR = logit(abar)
     return zero_terminal_snr(alphas_cumprod) if zero_snr else alphas_cumprod
 
 
@@ -488,7 +483,7 @@ def train(model: Diffusion, average: nn.Module, optimizer, batches, steps: int, 
 
 def build(config: dict, shape, levels) -> Diffusion:
     """The model that the options of a run, or of a checkpoint, describe."""
-    schedule = make_schedule(config["schedule"], config["T"], config["zero_snr"], config["snr"])
+    schedule = make_schedule(config["schedule"], config["T"], config["zero_snr"])
     return Diffusion(shape, schedule, config["model"], config["variance"], levels, config["width"], config["depth"])
 
 
@@ -514,7 +509,7 @@ def main():
     args = run.parse(
         __doc__, PREDICTIONS, steps=10_000, batch=512, lr=4e-3,
         training={"T": (1000, "diffusion steps"), "schedule": ("linear", "noise schedule", ["linear", "cosine"]),
-                  "zero_snr": (False, "rescale to zero terminal SNR"), "snr": (1.0, "factor on the schedule's SNR"),
+                  "zero_snr": (False, "rescale to zero terminal SNR"),
                   "variance": ("small", "of the reverse process", ["small", "large", "learned"]),
                   "width": (128, "of the network"), "depth": (3, "residual layers of the MLP"),
                   "size": (0, "resize images to this many pixels; 0 keeps them")},

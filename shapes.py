@@ -130,6 +130,7 @@ class Drawn:
         return torch.cat(blocks).reshape(*index.shape, *self.shape[1:])
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """For dim 0 alone, as data.Images.batches asks."""
         return self[index]
 
     def to(self, device) -> "Drawn":

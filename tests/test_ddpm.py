@@ -89,13 +89,6 @@ def test_schedule_falls_from_one(name, T, zero_snr):                    # cumpro
     assert (abar.diff() < 0).all() and (abar[-1] == 0 if zero_snr else abar[-1] > 0)
 
 
-@given(names, lengths, st.floats(0.01, 100))
-def test_the_signal_to_noise_ratio_has_a_factor(name, T, factor):              # math.log left out; logit of betas
-    plain, moved = ddpm.make_schedule(name, T), ddpm.make_schedule(name, T, snr=factor)
-    close(moved[1:] * (1 - plain[1:]), factor * plain[1:] * (1 - moved[1:]), rtol=1e-9, atol=0)
-    assert moved[0] == 1 and (ddpm.make_schedule(name, T, True, factor)[-1] == 0)
-
-
 @pytest.mark.parametrize("T, expected", [(50, -11.77), (100, -10.80), (200, -10.40), (1000, -10.12), (4000, -10.07)])
 def test_linear_ends_at_the_same_noise_for_any_length(T, expected):     # 1000 / T left out
     abar = ddpm.make_schedule("linear", T)
@@ -129,8 +122,6 @@ def test_zero_terminal_snr_keeps_the_first_and_shifts_the_last(name, T):        
 
 
 def test_impossible_schedules_are_refused():
-    with pytest.raises(ValueError, match="above 0; got 0"):
-        ddpm.make_schedule("cosine", 30, snr=0)
     with pytest.raises(ValueError, match="more than 20 steps"):
         ddpm.linear_betas(20)
     with pytest.raises(ValueError, match="zero terminal SNR"):

@@ -13,7 +13,7 @@ from PIL import Image
 import latents
 
 seeds = st.integers(0, 2**31)
-near = torch.testing.assert_close
+close = torch.testing.assert_close
 
 
 def rng(seed):
@@ -48,13 +48,13 @@ def log_normal(z, mu, logvar):
 def test_density_of_a_mixture_equals_brute_force(seed, N, S, block):    # 1.0 for sqrt(0.5); sum for @ scale; pi for 2 pi
     mu, logvar, z = randn(seed, N), randn(seed + 1, N), randn(seed + 2, S)
     want = log_normal(z[:, None], mu, logvar).logsumexp(1) - math.log(N)
-    near(latents._log_density(z, mu, (-0.5 * logvar).exp(), block), want)
+    close(latents._log_density(z, mu, (-0.5 * logvar).exp(), block), want)
 
 
 def test_density_far_from_most_components_is_that_of_the_near_one():    # clamp_max_(2) for 80
     mu = torch.tensor([0.0, 1000.0, 2000.0])
     got = latents._log_density(torch.tensor([1003.0]), mu, torch.full((3,), 2.0))
-    near(got, log_normal(torch.tensor([1003.0]), mu[1], torch.tensor(-2 * math.log(2))) - math.log(3))
+    close(got, log_normal(torch.tensor([1003.0]), mu[1], torch.tensor(-2 * math.log(2))) - math.log(3))
 
 
 @given(seeds, st.integers(5, 14), st.integers(1, 4), st.integers(1, 3), st.integers(2, 14))
@@ -69,10 +69,10 @@ def test_information_is_its_definition_point_by_point(seed, N, Z, F, samples):  
         terms = log_normal(z[n, j], mu[:, j], logvar[:, j]).exp()
         value[j, k] += (terms[factors[:, k] == factors[n, k]].mean() / terms.mean()).log() / len(rows)
     _, gaps, information = latents.mig_chen(mu, logvar, factors, samples=samples, seed=7)
-    near(information, value.clamp_min(0))
+    close(information, value.clamp_min(0))
     share = (factors[:, None] == factors).double().mean(0)              # of each point's own value
     best = torch.cat([information, torch.zeros(2, F)]).sort(0).values
-    near(gaps, (best[-1] - best[-2]) / -share[rows].log().mean(0))
+    close(gaps, (best[-1] - best[-2]) / -share[rows].log().mean(0))
 
 
 def test_information_of_gaussians_given_the_factor_is_that_of_quadrature():     # logvar for 0.5 * logvar in the draw, in the scale
@@ -101,10 +101,10 @@ def test_both_estimators_agree_on_latents_of_a_few_values(seed, N, Z, F):       
     chen = latents.mig_chen(mu, torch.full((N, Z), -12.0), factors, [4] * F)
     bins = latents.mig_bins(mu, factors)
     for a, b in zip(chen, bins):
-        near(a, b, rtol=0, atol=1e-9)
+        close(a, b, rtol=0, atol=1e-9)
     table = torch.stack([torch.stack([((mu[:, 0] == a) & (factors[:, 0] == b)).double().mean() for b in range(4)]) for a in range(6)])
     independent = table.sum(1, keepdim=True) * table.sum(0)
-    near(bins[2][0, 0], torch.special.xlogy(table, table / independent).nansum())
+    close(bins[2][0, 0], torch.special.xlogy(table, table / independent).nansum())
 
 
 @given(seeds, st.integers(8, 60), st.integers(1, 5), st.integers(1, 4), st.floats(-6, 1))
@@ -115,7 +115,7 @@ def test_information_is_bounded_by_the_entropy_and_the_gap_by_one(seed, N, Z, F,
     for mig, gaps, information in (latents.mig_chen(mu, torch.full((N, Z), width), factors), latents.mig_bins(mu, factors)):
         assert information.min() >= 0 and (information <= entropy + 1e-9).all()
         assert gaps.shape == (F,) and gaps.min() >= 0 and gaps.max() <= 1 + 1e-9
-        near(mig, gaps.mean())
+        close(mig, gaps.mean())
 
 
 def both(mu, factors, sizes, logvar=-9.0):
@@ -126,11 +126,11 @@ def test_a_latent_for_each_factor_scores_one_and_axes_are_not_confused():      #
     factors = grid(1, 3, 5, 4)
     mu = torch.cat([torch.zeros(60, 2), factors[:, [2, 3, 1]].double(), torch.zeros(60, 1)], 1)         # six latents, three factors
     for mig, gaps, information in both(mu, factors, [1, 3, 5, 4]):
-        near(gaps, torch.ones(3))
-        near(mig, torch.tensor(1.0))
+        close(gaps, torch.ones(3))
+        close(mig, torch.tensor(1.0))
         want = torch.zeros(6, 3)
         want[[4, 2, 3], [0, 1, 2]] = torch.tensor([3.0, 5.0, 4.0]).log()
-        near(information, want, atol=1e-9, rtol=0)
+        close(information, want, atol=1e-9, rtol=0)
 
 
 def test_what_latents_that_know_nothing_score():                        # the second best dropped
@@ -147,10 +147,10 @@ def test_what_latents_that_know_nothing_score():                        # the se
 
 def test_the_gap_compares_with_the_second_best_of_one_latent_too():     # the row of zeros dropped
     mig, gaps, _ = latents.information_gap(torch.tensor([[0.5, 0.2]]), torch.tensor([1.0, 0.5]))
-    near(gaps, torch.tensor([0.5, 0.4]))
+    close(gaps, torch.tensor([0.5, 0.4]))
     mig, gaps, _ = latents.information_gap(torch.tensor([[0.5, 0.2], [0.9, 0.3], [0.1, 0.7]]), torch.tensor([1.0, 2.0]))
-    near(gaps, torch.tensor([0.4, 0.2]))
-    near(mig, torch.tensor(0.3))
+    close(gaps, torch.tensor([0.4, 0.2]))
+    close(mig, torch.tensor(0.3))
 
 
 @given(seeds, st.integers(-3, 3), st.permutations(range(4)))
@@ -161,10 +161,10 @@ def test_scale_sign_and_order_of_the_latents_do_not_matter(seed, power, order): 
     logvar = randn(seed + 2, 300, 4) - 4
     mig, gaps, information = latents.mig_chen(mu, logvar, factors)
     scaled = latents.mig_chen(2.0**power * mu + 5, logvar + 2 * power * math.log(2), factors)
-    near(scaled[2], information)
+    close(scaled[2], information)
     moved = latents.mig_chen(-mu[:, order], logvar[:, order], factors)          # other noise on each latent
-    near(moved[2], information[list(order)], rtol=0, atol=0.08)
-    near(latents.mig_bins(-(2.0**power) * mu[:, order], factors)[2], latents.mig_bins(mu, factors)[2][list(order)])
+    close(moved[2], information[list(order)], rtol=0, atol=0.08)
+    close(latents.mig_bins(-(2.0**power) * mu[:, order], factors)[2], latents.mig_bins(mu, factors)[2][list(order)])
 
 
 def test_bins_are_of_equal_width_between_the_extremes():                # bins for bins + 1; right=False
@@ -173,15 +173,15 @@ def test_bins_are_of_equal_width_between_the_extremes():                # bins f
     share = torch.tensor([0.375, 0.25, 0.25, 0.125])                    # joint: (first, 0), (first, 1), (first, 2), (last, 2)
     H = lambda p: -(p * p.log()).sum()
     want = H(torch.tensor([7, 1]) / 8) + H(torch.tensor([3, 2, 3]) / 8) - H(share)
-    near(latents.mig_bins(mu, v, bins=5)[2], want.view(1, 1))
+    close(latents.mig_bins(mu, v, bins=5)[2], want.view(1, 1))
     edge = torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None]                  # the inner edge belongs to the right
-    near(latents.mig_bins(edge, torch.tensor([0, 1, 1, 1])[:, None], bins=2)[1], torch.ones(1))
+    close(latents.mig_bins(edge, torch.tensor([0, 1, 1, 1])[:, None], bins=2)[1], torch.ones(1))
 
 
 def test_factors_of_one_value_are_left_out_and_bad_ones_named():        # kept dropped; sizes >= 1; factors > sizes
     mu, logvar, factors = randn(0, 12, 2), torch.zeros(12, 2), torch.cat([torch.zeros(12, 1).long(), grid(3, 4)], 1)
-    near(latents.mig_chen(mu, logvar, factors)[2], latents.mig_chen(mu, logvar, factors[:, 1:], [3, 4])[2])
-    near(latents.mig_chen(mu, logvar, factors, [1, 3, 4])[1], latents.mig_chen(mu, logvar, factors)[1])
+    close(latents.mig_chen(mu, logvar, factors)[2], latents.mig_chen(mu, logvar, factors[:, 1:], [3, 4])[2])
+    close(latents.mig_chen(mu, logvar, factors, [1, 3, 4])[1], latents.mig_chen(mu, logvar, factors)[1])
     assert latents.mig_bins(mu, factors)[2].shape == (2, 2)
     for bad, sizes, message in ((factors, [2, 3, 4], "two values"), (factors, [1, 3, 3], "grid"), (factors - 1, [1, 3, 4], "grid"),
                                 (factors, [1, 3], "grid"), (factors[:5], None, "expected latents"), (factors[:, :1], None, "two values")):
@@ -222,12 +222,12 @@ def test_lloyd_never_raises_the_inertia(seed, N, D, K):                 # one st
     for labels, centres, inertia in rows:
         square = (x[:, None] - centres).square().sum(-1)
         assert inertia == pytest.approx(square.min(1).values.sum().item())
-        near(square.gather(1, labels[:, None])[:, 0], square.min(1).values)
+        close(square.gather(1, labels[:, None])[:, 0], square.min(1).values)
     inertia = [row[2] for row in rows]
     assert all(b <= a + 1e-9 for a, b in zip(inertia, inertia[1:]))
     labels, centres, _ = rows[-1]
     for k in labels.unique():
-        near(centres[k], x[labels == k].mean(0))
+        close(centres[k], x[labels == k].mean(0))
     if K <= N:
         assert len(labels.unique()) == K
 
@@ -257,7 +257,7 @@ def test_k_means_finds_what_lies_apart_and_repeats_itself():            # > for 
     values = [latents.kmeans(y, 9, restarts=r)[2] for r in (1, 2, 4, 8, 16)]
     assert values == sorted(values, reverse=True) and values[0] > values[-1]
     assert latents.kmeans(y, 80)[2] == 0 and latents.kmeans(torch.ones(7, 2), 3)[2] == 0
-    near(latents.kmeans(y, 1)[1][0], y.mean(0))
+    close(latents.kmeans(y, 1)[1][0], y.mean(0))
     for k in (0, 81):
         with pytest.raises(ValueError, match="1 to 80 clusters"):
             latents.kmeans(y, k)
@@ -295,7 +295,7 @@ def test_assignment_is_the_best_of_all(n, more):                        # + v; u
         cost = randint(seed, 4, n, n + more).double() - 2 if seed % 3 == 0 else 10 * randn(seed, n, n + more)     # ties, too
         columns = latents.assignment(cost)
         assert columns.shape == (n,) and len(set(columns.tolist())) == n
-        near(cost[torch.arange(n), columns].sum(), cost[torch.arange(n), every].sum(1).min())
+        close(cost[torch.arange(n), columns].sum(), cost[torch.arange(n), every].sum(1).min())
 
 
 @given(seeds)
@@ -315,12 +315,12 @@ def test_assignment_undoes_a_permutation(seed):                         # row 0 
 def test_confusion_and_matching(seed, N, K):                            # predicted * K + labels; matrix for -matrix
     labels, clusters = randint(seed, K, N), randint(seed + 1, K, N)
     matrix = latents.confusion(labels, clusters)
-    near(matrix.sum(1), labels.bincount(minlength=len(matrix)))
-    near(matrix.sum(0), clusters.bincount(minlength=len(matrix)))
-    near(matrix[labels[0], clusters[0]], ((labels == labels[0]) & (clusters == clusters[0])).sum())
+    close(matrix.sum(1), labels.bincount(minlength=len(matrix)))
+    close(matrix.sum(0), clusters.bincount(minlength=len(matrix)))
+    close(matrix[labels[0], clusters[0]], ((labels == labels[0]) & (clusters == clusters[0])).sum())
     accuracy, renamed = latents.matched(labels, clusters)
     assert accuracy >= 1 / len(matrix) - 1e-12
-    near(renamed.sum(1), matrix.sum(1))
+    close(renamed.sum(1), matrix.sum(1))
     names = torch.randperm(K, generator=rng(seed + 2))
     assert latents.matched(labels, names[clusters])[0] == pytest.approx(accuracy)
     assert latents.matched(labels, names[labels])[0] == 1
@@ -374,15 +374,15 @@ def test_pca_with_all_components_gives_the_points_back(seed, N, D):     # x for 
     x = randn(seed, N, D) * torch.arange(1, D + 1) + 3
     k = min(N, D)
     scores, mean, components, variances = latents.pca(x, k)
-    near(mean + scores @ components, x)
-    near(components @ components.T, torch.eye(k))
-    near(variances, torch.linalg.eigvalsh(torch.cov(x.T, correction=0).view(D, D)).flip(0)[:k], atol=1e-9, rtol=1e-6)
+    close(mean + scores @ components, x)
+    close(components @ components.T, torch.eye(k))
+    close(variances, torch.linalg.eigvalsh(torch.cov(x.T, correction=0).view(D, D)).flip(0)[:k], atol=1e-9, rtol=1e-6)
     assert (variances.diff() <= 1e-9).all()
     largest = components.abs().argmax(1, keepdim=True)
     assert (components.gather(1, largest) > 0).all()
     few = latents.pca(x, 1)
-    near(few[0], scores[:, :1])
-    near((x - few[1] - few[0] @ few[2]).square().sum() / N, variances[1:].sum())        # what is left out, no more
+    close(few[0], scores[:, :1])
+    close((x - few[1] - few[0] @ few[2]).square().sum() / N, variances[1:].sum())        # what is left out, no more
     assert latents.pca(randn(seed, 5, 3))[0].shape == (5, 2)            # of a plane
     for bad in (0, k + 1):
         with pytest.raises(ValueError, match=f"1 to {k} components"):
@@ -393,22 +393,22 @@ def test_pca_with_all_components_gives_the_points_back(seed, N, D):     # x for 
 def test_neighbours_have_the_perplexity_asked_for_and_are_gaussian(seed, N, D, scale, share):  # log2; flat turned; d.sqrt(); p + p
     x, perplexity = 10**scale * randn(seed, N, D), 1.2 + share * (N - 2.5)
     p = latents.neighbours(x, perplexity)
-    near(p.sum(1), torch.ones(N))
-    near((-torch.special.xlogy(p, p)).sum(1).exp(), torch.full((N,), perplexity), rtol=1e-6, atol=1e-6)
+    close(p.sum(1), torch.ones(N))
+    close((-torch.special.xlogy(p, p)).sum(1).exp(), torch.full((N,), perplexity), rtol=1e-6, atol=1e-6)
     d = (x[:, None] - x).square().sum(-1)
     for i in range(N):
         at = (p[i] > 1e-20).nonzero()[:, 0]
         d_i, log_p = d[i, at] - d[i, at].mean(), p[i, at].log() - p[i, at].log().mean()
-        near(log_p, (log_p @ d_i / (d_i @ d_i)) * d_i, rtol=1e-5, atol=1e-6)            # log p is linear in |x_i - x_j|^2
+        close(log_p, (log_p @ d_i / (d_i @ d_i)) * d_i, rtol=1e-5, atol=1e-6)            # log p is linear in |x_i - x_j|^2
     P = latents.affinities(x, perplexity)
-    near(P, P.T)
-    near(P.sum(), torch.tensor(1.0))
+    close(P, P.T)
+    close(P.sum(), torch.tensor(1.0))
     assert P.min() >= 0 and P.diagonal().abs().max() == 0
-    near(P[0, 1], (p[0, 1] + p[1, 0]) / (2 * N))
+    close(P[0, 1], (p[0, 1] + p[1, 0]) / (2 * N))
 
 
 def test_perplexities_at_the_edge_and_beyond():                         # < len(x); 1 < perplexity
-    near(latents.neighbours(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 1.0).argmax(1), torch.tensor([1, 0, 1, 2]))
+    close(latents.neighbours(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 1.0).argmax(1), torch.tensor([1, 0, 1, 2]))
     for bad in (0.5, 9.0, 30.0):
         with pytest.raises(ValueError, match=r"lies in \[1, 9\)"):
             latents.affinities(randn(0, 10, 2), bad)
@@ -424,7 +424,7 @@ def test_gradient_of_tsne_equals_finite_differences(seed, N):           # 2 for 
         step[i, c] = h
         slope = (latents.tsne_kl(P, y + step) - latents.tsne_kl(P, y - step)) / (2 * h)
         assert gradient[i, c].item() == pytest.approx(slope, abs=1e-7, rel=1e-5)
-    near(gradient.sum(0), torch.zeros(2))                               # nothing pushes the whole map
+    close(gradient.sum(0), torch.zeros(2))                               # nothing pushes the whole map
 
 
 @given(seeds, st.integers(4, 8))
@@ -465,8 +465,8 @@ def test_tsne_of_degenerate_points_is_a_map(x):                         # the no
 def test_attribute_vectors_are_the_coefficients_of_a_linear_truth(seed, Z, A):      # a not centred
     attributes = torch.cat([grid(*[2] * A).view(-1, A), randint(seed, 2, 40, A)])
     truth, base = randn(seed + 1, A, Z), randn(seed + 2, Z)
-    near(latents.attribute_vectors(base + attributes.double() @ truth, attributes), truth)
-    near(latents.attribute_vectors(base + attributes.double() @ truth, attributes.bool()), truth)
+    close(latents.attribute_vectors(base + attributes.double() @ truth, attributes), truth)
+    close(latents.attribute_vectors(base + attributes.double() @ truth, attributes.bool()), truth)
 
 
 @given(seeds, st.integers(4, 30))
@@ -475,8 +475,8 @@ def test_one_attribute_moves_by_the_difference_of_means(seed, N):       # a.sum(
     a[:4] = grid(2, 2)
     for k in range(2):
         want = z[a[:, k] == 1].mean(0) - z[a[:, k] == 0].mean(0)
-        near(latents.attribute_vectors(z, a[:, k:k + 1])[0], want)
-        near(latents.attribute_vectors(z, a, partial=False)[k], want)
+        close(latents.attribute_vectors(z, a[:, k:k + 1])[0], want)
+        close(latents.attribute_vectors(z, a, partial=False)[k], want)
 
 
 def test_what_comes_with_another_attribute_is_not_counted_twice():      # partial=False as the default
@@ -485,7 +485,7 @@ def test_what_comes_with_another_attribute_is_not_counted_twice():      # partia
     beard = male & (torch.rand(4000, generator=g) < 0.7)                # only men
     z = torch.stack([2.0 * male, 1.0 * beard], 1) + 0.5 * torch.randn(4000, 2, generator=g)
     a = torch.stack([male, beard], 1)
-    near(latents.attribute_vectors(z, a), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rtol=0, atol=0.12)
+    close(latents.attribute_vectors(z, a), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), rtol=0, atol=0.12)
     assert latents.attribute_vectors(z, a, partial=False)[1, 0] > 1.3   # a beard would make a man
 
 
@@ -501,9 +501,9 @@ def test_a_traversal_moves_one_latent_a_row():                          # row[j]
     z = torch.arange(4.0)
     out = latents.traversals(z, [2, 0], [-1, 5, 9])
     assert out.shape == (2, 3, 4) and torch.equal(z, torch.arange(4.0))
-    near(out[0], torch.tensor([[0.0, 1, -1, 3], [0, 1, 5, 3], [0, 1, 9, 3]]))
-    near(out[1, :, 0], torch.tensor([-1.0, 5, 9]))
-    near(out[1, :, 1:], z[1:].expand(3, 3))
+    close(out[0], torch.tensor([[0.0, 1, -1, 3], [0, 1, 5, 3], [0, 1, 9, 3]]))
+    close(out[1, :, 0], torch.tensor([-1.0, 5, 9]))
+    close(out[1, :, 1:], z[1:].expand(3, 3))
 
 
 # ---- pictures
