@@ -490,7 +490,8 @@ PUBLISHED = {                                                           # set: r
     "hoda": (_hoda, ("Train 60000.cdb", "Data_hoda_full.mat", "Test 20000.cdb"), 2, shapes.PERSIAN_DIGITS),
     "cifar10": (_cifar10, [f"cifar-10-batches-bin/{part}_batch*.bin" for part in ("data", "test")], 256, CIFAR_NAMES),
 }
-NAMES = *DENSITIES, "persian", "dsprites", "faces", *PUBLISHED, *shapes.FOLDERS
+DIGITS = {"persian": shapes.PERSIAN_DIGITS, "latin": shapes.LATIN_DIGITS}   # drawn
+NAMES = *DENSITIES, *DIGITS, "dsprites", "faces", *PUBLISHED, *shapes.FOLDERS
 
 
 def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=0, download=False,
@@ -518,8 +519,8 @@ def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=
         return Images(name, **shapes.faces(seed, size or 128, grey))
     if name.startswith(shapes.FOLDERS):
         return Images(name, **shapes.pictures(folder, size or 128, grey, seed, skip_bad))
-    if name == "persian":
-        arrays, levels, class_names = shapes.persian(seed), 2, shapes.PERSIAN_DIGITS
+    if name in DIGITS:
+        arrays, levels, class_names = shapes.digits(seed, DIGITS[name]), 2, DIGITS[name]
     elif name in PUBLISHED:
         reader, files, levels, class_names = PUBLISHED[name]
         try:
@@ -535,6 +536,46 @@ def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=
     train, train_labels, test, test_labels = arrays
     train, test = (_shaped(images, size, grey, levels) for images in (train, test))
     return Images(name, train, train_labels, test, test_labels, levels, class_names)
+
+
+def domains(name: str, data_dir=None, attribute: str = "", **options) -> tuple[Images, Images]:
+    """Two sets without pairs, (from, to), for translation; the options of load.
+
+    folder:A,B are two folders of images, persian and latin the drawn digits of both. Any other set is cut in two by
+    an attribute that it knows, without and with it: by its label where none is named.
+    """
+    if name.startswith("folder:"):
+        paths = name[7:].split(",")
+        if len(paths) != 2 or not all(paths):
+            raise ValueError(f"two sets to translate between are folder:A,B; got {name}")
+        return tuple(load(f"folder:{path}", **options) for path in paths)
+    whole = load(name, data_dir, **options)
+    if name in DIGITS:
+        (other,) = DIGITS.keys() - {name}
+        return whole, load(other, **options)
+    if attribute:
+        names = list(getattr(whole, "attribute_names", ()))
+        if attribute not in names:
+            known = f"it knows {', '.join(names)}" if names else "it knows none"
+            raise ValueError(f"{name} has no attribute {attribute!r}; {known}")
+        has = [getattr(whole, f"{part}_attributes")[:, names.index(attribute)] for part in ("train", "test")]
+    elif getattr(whole, "classes", None) == 2:
+        has = [labels == 1 for labels in (whole.train_labels, whole.test_labels)]
+    else:
+        raise ValueError(f"{name} is not two sets: name an attribute of a set that has some, or folder:A,B")
+    return tuple(_part(whole, *(rows == side for rows in has)) for side in (False, True))
+
+
+def _part(whole, train, test):
+    """The images of a set in the rows (N,) bool of its training and of its test images."""
+    if not train.any() or not test.any():
+        raise ValueError(f"{whole.name} has no image on one side of this attribute")
+    fields = {f"{part}_attributes": getattr(whole, f"{part}_attributes")[rows] for part, rows in
+              (("train", train), ("test", test)) if hasattr(whole, f"{part}_attributes")}
+    fields |= {name: getattr(whole, name) for name in ("attribute_names",) if hasattr(whole, name)}
+    pick = lambda labels, rows: None if labels is None else labels[rows]
+    return Images(whole.name, whole.train[train], pick(whole.train_labels, train), whole.test[test],
+                  pick(whole.test_labels, test), whole.levels, whole.class_names, **fields)
 
 
 def _shaped(images, size, grey, levels):

@@ -339,6 +339,7 @@ def main():
     import time
 
     import data
+    import judges
     import metrics
     import run
 
@@ -407,10 +408,10 @@ def main():
         seconds = time.perf_counter() - began
         classifier = None
         if not density and truth.train_labels is not None:
-            classifier = metrics.train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
+            classifier = judges.train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
 
         def score(x):
-            return metrics.two_dimensional(x, truth) if density else metrics.images(x, truth, classifier=classifier)
+            return metrics.two_dimensional(x, truth) if density else judges.images(x, truth, classifier=classifier)
 
         results = score(samples)
         real = truth.sample(256 if density else 64).to(job.device)

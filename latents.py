@@ -5,7 +5,7 @@
     pca, tsne                                                       maps in the plane [7]
     attribute_vectors, traversals                                   directions, and walks along them
     codebook                                                        what a quantiser uses of its entries
-    scatter_picture, grid_picture, confusion_picture                files, in the style of metrics.py
+    scatter_picture, confusion_picture                              files, in the style of metrics.py
     report(model, truth, folder) -> {name: metric}                  all of it for an autoencoder, with its pictures
 
 Metrics are those of metrics.py, {value, floor, unit, better}. A floor is the same number where the latents know
@@ -30,8 +30,8 @@ import math
 import torch
 from torch import Tensor
 
-import metrics
-from metrics import ACCENT, INK, MUTED, PAPER, _bytes, _figure, _points, _rgb, _title, _write, metric
+import judges
+from metrics import ACCENT, INK, MUTED, PAPER, _figure, _points, _rgb, _title, _write, grid_picture, metric
 
 # ---- disentanglement: the mutual information gap
 
@@ -431,38 +431,6 @@ def scatter_picture(path, points, labels=None, names=None, title: str = ""):
     _write(path, lambda handle: figure.savefig(handle, format="png"))
 
 
-def grid_picture(path, images, row_labels=None, column_labels=None, levels: int = 256, title: str = ""):
-    """Images (R, C, channels, H, W), uint8 or floats in [-1, 1], a label for each row and column: traversals,
-    interpolations, edits, or the same examples epoch after epoch."""
-    import numpy as np
-
-    x = torch.as_tensor(images)
-    R, C, channels, H, W = x.shape
-    x = _bytes(x.flatten(0, 1), levels)
-    x = x[:, :3] if channels >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    zoom = max(1, round(72 / max(H, W)))
-    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    H, W, gap = H * zoom, W * zoom, 4
-    sheet = torch.tensor(_rgb(PAPER), dtype=torch.uint8).repeat(R * (H + gap) - gap, C * (W + gap) - gap, 1)
-    for i, image in enumerate(x):
-        top, left = i // C * (H + gap), i % C * (W + gap)
-        sheet[top:top + H, left:left + W] = image.permute(1, 2, 0)
-    width, height = sheet.shape[1] / 120 + 3, sheet.shape[0] / 120 + 1          # room for labels, cut off below
-    figure, axes = _figure(1, 1, width, height)
-    ax = axes[0, 0]
-    figure.set_layout_engine("none")
-    ax.set_position((2.5 / width, 0.2 / height, 1 - 3 / width, 1 - 1 / height))     # a pixel is a pixel
-    ax.imshow(np.ascontiguousarray(sheet.numpy()), interpolation="nearest")
-    rows, columns = ([i * (side + gap) + side / 2 for i in range(n)] for n, side in ((R, H), (C, W)))
-    ax.set_yticks(rows if row_labels else [], row_labels or [], color=INK, fontsize=9)
-    ax.xaxis.tick_top()
-    ax.set_xticks(columns if column_labels else [], column_labels or [], color=MUTED, fontsize=8)
-    ax.spines[:].set_visible(False)
-    if title:
-        _title(ax, title)
-    _write(path, lambda handle: figure.savefig(handle, format="png", bbox_inches="tight", pad_inches=0.1))
-
-
 def confusion_picture(path, matrix, names=None, title: str = "", said: str = "said"):
     """Counts (K, K) as shares of each row in per cent: what is right in ink, what is wrong in the accent."""
     matrix = torch.as_tensor(matrix).double().cpu()
@@ -547,7 +515,7 @@ def _attributes(model, truth, folder, pick, code, scaled):
     names = truth.attribute_names
     smile = next((k for k, name in enumerate(names) if name.lower().startswith("smil")), 0)
     has = truth.test_attributes[pick, smile]
-    judge = metrics.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels, steps=500,
+    reader = judges.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels, steps=500,
                                      batch=64, lr=3e-3, most=64)
     with torch.inference_mode():
         z, known = code(scaled(truth.train, slice(4000))), truth.train_attributes[:4000].double()
@@ -555,9 +523,9 @@ def _attributes(model, truth, folder, pick, code, scaled):
         partial = torch.linalg.matrix_rank(known[:, varied] - known[:, varied].mean(0)) == len(varied)
         vectors = dict(zip(varied, attribute_vectors(z.flatten(1), known[:, varied], bool(partial)).to(z)))
         add = lambda z, k: z + vectors[k].view(z.shape[1:])
-        seen = lambda z: (metrics._judge(judge, truth.unscale(model.mean(z)))[0].argmax(1) == 1).double().mean()
+        seen = lambda z: (judges.judge(reader, truth.unscale(model.mean(z)))[0].argmax(1) == 1).double().mean()
         without, there = (code(scaled(truth.test, pick[has == v][:500])) for v in (False, True))
-        right = (metrics._judge(judge, truth.test[pick[:500]])[0].argmax(1) == 1) == has[:500]
+        right = (judges.judge(reader, truth.test[pick[:500]])[0].argmax(1) == 1) == has[:500]
         out = {"judge_accuracy": metric(right.double().mean(), None, "share", "higher"),
                "attribute_added": metric(seen(add(without, smile)), seen(there), "share", "higher"),
                "attribute_unasked": metric(seen(without), 0, "share", "lower")}

@@ -1,10 +1,10 @@
 """What came out: how far samples are from the truth, each number beside its floor, and pictures of both.
 
     two_dimensional(samples, truth) -> {name: metric}   points (N, 2) against a density that is known exactly
-    images(samples, truth)          -> {name: metric}   images (N, C, H, W), uint8, against a data set
     nll, exact_kl, bits_per_dim                         for models with a density
     table(metrics) -> str                               what a run prints last
-    samples_picture, strip_picture, gif, curves_picture files; each is written aside and renamed into place
+    samples_picture, grid_picture, strip_picture, gif,
+    curves_picture                  files; each is written aside and renamed into place
 
 A metric is {value, floor, unit, better}. Its floor is the same number for a second true sample of the same size: at
 the floor, nothing tells the model from the truth at this sample size. Far above it something is wrong; far below it
@@ -22,8 +22,7 @@ References
   [1] Silverman, Density Estimation for Statistics and Data Analysis, 1986, section 4.2 (kernel estimates)
   [2] Rabin, Peyre, Delon, Bernot, Wasserstein barycenter and its application to texture mixing, 2011 (sliced W2)
   [3] Szekely, Rizzo, Energy statistics: a class of statistics based on distances, 2013
-  [4] Dowson, Landau, The Frechet distance between multivariate normal distributions, 1982; in learned features:
-      Heusel et al., arXiv 1706.08500
+  [4] Dowson, Landau, The Frechet distance between multivariate normal distributions, 1982
 """
 
 import math
@@ -31,8 +30,7 @@ import os
 import pathlib
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 # ratios to the floor mean nothing here: zero is not a perfect score, or the floor itself scatters about zero
 OFFSETS = {"cross_entropy", "nll", "bits_per_dim", "elbo", "energy_distance"}
@@ -141,7 +139,8 @@ def sliced_w2(x, y, angles: int = 64) -> float:
         directions = torch.stack([theta.cos(), theta.sin()])                    # (2, A)
     else:
         g = torch.Generator().manual_seed(0)
-        directions = F.normalize(torch.randn(x.shape[1], angles, generator=g, dtype=torch.float64), dim=0)
+        directions = torch.randn(x.shape[1], angles, generator=g, dtype=torch.float64)
+        directions /= directions.norm(dim=0)
     quantiles_x, quantiles_y = ((z @ directions).sort(0).values for z in (x, y))
     steps = [torch.arange(1, len(z) + 1, dtype=torch.float64) / len(z) for z in (x, y)]
     edges = torch.cat([torch.zeros(1, dtype=torch.float64), *steps]).sort().values  # where a quantile function jumps
@@ -243,121 +242,6 @@ def bits_per_dim(nll_nats: float, dims: int) -> float:
 
     A density over data scaled by s a coordinate first needs nll - dims log s (s = 2/255 for [-1, 1]), and noise."""
     return nll_nats / (dims * math.log(2))
-
-
-# ---- images: judged by a small classifier trained on the real set
-
-
-class Classifier(nn.Module):
-    """uint8 images (B, C, H, W) of `levels` values, H, W >= 8 -> logits (B, classes); `features` -> (B, 64). Sides are
-    reduced to `most`: 32 for the class, more for the detail."""
-
-    def __init__(self, channels: int, classes: int, levels: int, width: int = 24, most: int = 32):
-        super().__init__()
-        half = lambda i, o, k: [nn.Conv2d(i, o, k, 2, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        self.levels, self.most, pool = levels, most, most**2 // 512
-        self.body = nn.Sequential(
-            *half(channels, width, 5), *half(width, 2 * width, 3), *half(2 * width, 4 * width, 3),
-            nn.AdaptiveAvgPool2d(pool), nn.Flatten(), nn.Linear(4 * width * pool**2, 64), nn.ReLU())
-        self.head = nn.Linear(64, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        x = x.to(self.head.weight.dtype) * (2 / (self.levels - 1)) - 1
-        if max(x.shape[-2:]) > self.most:
-            x = F.interpolate(x, size=(self.most, self.most), mode="area")
-        return self.body(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-
-def train_classifier(x: Tensor, labels: Tensor, classes: int, levels: int, seed: int = 0, steps: int = 600,
-                     batch: int = 128, progress: bool = True, lr: float = 1e-2, most: int = 32) -> Classifier:
-    """A classifier in eval mode, fitted to uint8 images x (N, C, H, W) with random shifts of up to 2 pixels.
-
-    About 25 s on two cores for 28x28; it runs where x lies. The same seed gives the same classifier."""
-    from tqdm import tqdm
-
-    _check_images(x, levels)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)                        # torch.manual_seed would reach the GPUs
-        model = Classifier(x.shape[1], classes, levels, 24, most).float()
-    g = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.to(x.device, memory_format=torch.channels_last).parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
-    labels = labels.to(x.device)
-    for _ in tqdm(range(steps), "classifier for the metrics", leave=False, disable=not progress):
-        i = torch.randint(len(x), (batch,), generator=g).to(x.device)
-        down, right = torch.randint(5, (2,), generator=g).tolist()
-        shifted = F.pad(x[i].float(), (2, 2, 2, 2), mode="replicate")[..., down:, right:]
-        loss = F.cross_entropy(model(shifted[..., : x.shape[2], : x.shape[3]]), labels[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def _check_images(x: Tensor, levels: int):
-    if x.dim() != 4 or x.dtype != torch.uint8 or not len(x):
-        raise ValueError(f"expected uint8 images (N, C, H, W), got {x.dtype} {tuple(x.shape)}; `unscale` makes them")
-    if int(x.max()) >= levels:                                                  # 256 does not fit a uint8
-        raise ValueError(f"images of {levels} levels hold 0 .. {levels - 1}, got {int(x.max())}")
-
-
-@torch.no_grad()
-def _judge(classifier: Classifier, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Class probabilities (N, classes) and features (N, 64), on the CPU."""
-    device = next(classifier.parameters()).device
-    features = torch.cat([classifier.features(part.to(device)) for part in x.split(512)])
-    return classifier.head(features).softmax(-1).cpu(), features.cpu()
-
-
-def images(samples: Tensor, truth, seed: int = 0, classifier: Classifier | None = None) -> dict[str, dict]:
-    """Numbers for uint8 samples (N, C, H, W) against an image set (see data.py), by a classifier of the real classes.
-
-    class_balance         largest |share of a class - its share in the training set|, percentage points
-    recognised            share that the classifier gives a class with confidence 0.9 or more
-    classifier_frechet    Frechet distance in its features: no FID, and comparable within one set only
-    classifier_accuracy   of the classifier on held-out images: how far the three above can be trusted
-    ink                   |share of pixels set - the real share|, percentage points; binary sets only
-
-    Held-out images, which neither model nor classifier saw, are cut in two halves: one stands in for the samples (the
-    floor), one is what both are compared with; samples and stand-ins are cut to the same number. Without labels,
-    or where they are factors, there is only `pixel_sliced_w2`. Pass `classifier` (of train_classifier) to reuse one."""
-    _check_images(samples, truth.levels)
-    held_out = torch.randperm(len(truth.test), generator=torch.Generator().manual_seed(seed))
-    n = min(len(samples), len(held_out) // 2)
-    if n < 2:
-        raise ValueError(f"too few images to compare: {len(samples)} samples, {len(held_out)} held out")
-    samples, second, reference = samples[:n].cpu(), truth.test[held_out[:n]].cpu(), truth.test[held_out[-n:]].cpu()
-    out = {}
-    if truth.train_labels is None or {"factor_sizes", "train_attributes"} & vars(truth).keys():
-        flat = lambda x: x.flatten(1) * (2.0 / (truth.levels - 1))
-        out["pixel_sliced_w2"] = metric(*(sliced_w2(flat(x), flat(reference)) for x in (samples, second)))
-    else:
-        if classifier is None:
-            classifier = train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels, seed)
-        judged = {name: _judge(classifier, x) for name, x in
-                  (("fake", samples), ("second", second), ("reference", reference))}
-        true_share = truth.train_labels.cpu().bincount(minlength=truth.classes) / len(truth.train_labels)
-
-        def class_balance(probabilities, features):
-            share = probabilities.argmax(-1).bincount(minlength=truth.classes) / n
-            return 100 * (share - true_share).abs().max()
-
-        recognised = lambda probabilities, features: (probabilities.amax(-1) >= 0.9).double().mean()
-        distance = lambda probabilities, features: frechet(features, judged["reference"][1])
-        both = lambda f, unit, better: metric(f(*judged["fake"]), f(*judged["second"]), unit, better)
-        out = {"class_balance": both(class_balance, "points", "lower"),
-               "recognised": both(recognised, "share", "higher"), "classifier_frechet": both(distance, "", "lower")}
-        right = [judged["second"][0].argmax(-1) == truth.test_labels[held_out[:n]].cpu(),
-                 judged["reference"][0].argmax(-1) == truth.test_labels[held_out[-n:]].cpu()]
-        out["classifier_accuracy"] = metric(torch.cat(right).double().mean(), None, "share", "higher")
-    if truth.levels == 2:
-        share = lambda x: 100 * x.double().mean()
-        out["ink"] = metric(*((share(x) - share(reference)).abs() for x in (samples, second)), "points")
-    return out
 
 
 # ---- the table
@@ -493,6 +377,38 @@ def samples_picture(path, real, fake, truth=None, levels: int = 256):
     _write(path, lambda handle: figure.savefig(handle, format="png"))
 
 
+def grid_picture(path, images, row_labels=None, column_labels=None, levels: int = 256, title: str = ""):
+    """Images (R, C, channels, H, W), uint8 or floats in [-1, 1], a label for each row and column: traversals,
+    interpolations, edits, or the same examples epoch after epoch."""
+    import numpy as np
+
+    x = torch.as_tensor(images)
+    R, C, channels, H, W = x.shape
+    x = _bytes(x.flatten(0, 1), levels)
+    x = x[:, :3] if channels >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+    zoom = max(1, round(72 / max(H, W)))
+    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    H, W, gap = H * zoom, W * zoom, 4
+    sheet = torch.tensor(_rgb(PAPER), dtype=torch.uint8).repeat(R * (H + gap) - gap, C * (W + gap) - gap, 1)
+    for i, image in enumerate(x):
+        top, left = i // C * (H + gap), i % C * (W + gap)
+        sheet[top:top + H, left:left + W] = image.permute(1, 2, 0)
+    width, height = sheet.shape[1] / 120 + 3, sheet.shape[0] / 120 + 1          # room for labels, cut off below
+    figure, axes = _figure(1, 1, width, height)
+    ax = axes[0, 0]
+    figure.set_layout_engine("none")
+    ax.set_position((2.5 / width, 0.2 / height, 1 - 3 / width, 1 - 1 / height))     # a pixel is a pixel
+    ax.imshow(np.ascontiguousarray(sheet.numpy()), interpolation="nearest")
+    rows, columns = ([i * (side + gap) + side / 2 for i in range(n)] for n, side in ((R, H), (C, W)))
+    ax.set_yticks(rows if row_labels else [], row_labels or [], color=INK, fontsize=9)
+    ax.xaxis.tick_top()
+    ax.set_xticks(columns if column_labels else [], column_labels or [], color=MUTED, fontsize=8)
+    ax.spines[:].set_visible(False)
+    if title:
+        _title(ax, title)
+    _write(path, lambda handle: figure.savefig(handle, format="png", bbox_inches="tight", pad_inches=0.1))
+
+
 def strip_picture(path, frames, labels, levels: int = 256):
     """K snapshots of a sampling process in a row, points (N, 2) or images (the first 4 x 4), with K labels."""
     figure, axes = _figure(1, len(frames), 1.9, 2.15)
@@ -512,7 +428,7 @@ def _shade(x, size: int):
     x = x[(x.abs() < EXTENT).all(-1)]
     column, row = ((x / (2 * EXTENT) + 0.5) * size).long().clamp(0, size - 1).unbind(-1)
     counts = ((size - 1 - row) * size + column).bincount(minlength=size * size).view(1, 1, size, size).float()
-    soft = F.avg_pool2d(counts, 3, 1, 1)[0, 0] * (9 * (size / 320) ** 2)
+    soft = torch.nn.functional.avg_pool2d(counts, 3, 1, 1)[0, 0] * (9 * (size / 320) ** 2)
     return (15 * (1 - (-soft / max(1.0, len(x) / 1500)).exp())).round().to(torch.uint8).numpy()
 
 

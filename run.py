@@ -391,12 +391,14 @@ class Run:
 
     def judge(self, samples, truth):
         """({name: metric}, samples) of what a model drew: points as they are, images as the integers of the data."""
-        import metrics as measure
-
         if hasattr(truth, "log_prob"):
-            return measure.two_dimensional(samples, truth), samples
+            import metrics
+
+            return metrics.two_dimensional(samples, truth), samples
+        import judges
+
         samples = truth.unscale(samples)
-        return measure.images(samples, truth), samples
+        return judges.images(samples, truth), samples
 
     def report(self, metrics: dict, samples=None, truth=None, parameters: int = 0, sample_seconds: float = 0.0,
                frames=None, **extra) -> None:

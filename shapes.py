@@ -40,9 +40,9 @@ def split(count: int, seed: int, part: int = 6) -> tuple[np.ndarray, np.ndarray]
     return order[:cut], order[cut:]
 
 
-# ---- drawn Persian digits
+# ---- drawn digits, Persian and Latin
 
-PERSIAN_DIGITS = tuple(chr(0x06F0 + k) for k in range(10))
+PERSIAN_DIGITS, LATIN_DIGITS = tuple(chr(0x06F0 + k) for k in range(10)), tuple("0123456789")
 FONTS = "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf"
 
 
@@ -55,13 +55,13 @@ def _distance(mask):
     return np.sqrt((along.T[:, None, :] + square).min(-1).T)
 
 
-def _glyphs(side=64):
+def _glyphs(digits, side=64):
     """Signed distance to the stroke's edge (inside > 0) in 28ths of the picture, (4 fonts, 10 digits, side, side)."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
     folder, fields = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf", []
-    for font, digit in itertools.product(FONTS, PERSIAN_DIGITS):
+    for font, digit in itertools.product(FONTS, digits):
         face = ImageFont.truetype(str(folder / font), 72, layout_engine=ImageFont.Layout.BASIC)
         left, top, right, bottom = face.getbbox(digit)
         canvas = Image.new("L", (side, side))
@@ -71,9 +71,9 @@ def _glyphs(side=64):
     return np.stack(fields).reshape(len(FONTS), 10, side, side)
 
 
-def persian(seed, train=10_000, test=2_000):
-    """Binary 28 x 28 Persian digits, balanced: glyphs turned, slanted, scaled, bent, moved, thickened, thinned."""
-    rng, glyphs = np.random.default_rng(seed), _glyphs()
+def digits(seed, characters=PERSIAN_DIGITS, train=10_000, test=2_000):
+    """Binary 28 x 28 digits, balanced: glyphs turned, slanted, scaled, bent, moved, thickened, thinned."""
+    rng, glyphs = np.random.default_rng(seed), _glyphs(characters)
     count = (train + test) * 11 // 100 * 10                             # a tenth more, for the doubles that are dropped
     labels = np.arange(count) % 10
     draw = lambda low, high: rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
@@ -534,7 +534,7 @@ def faces(seed: int = 0, size: int = 128, grey: bool = False, train: int = 4096,
 
 # ---- real faces with attributes
 
-FOLDERS = "celeba", "lfw-smiles"
+FOLDERS = "celeba", "lfw-smiles", "pokesprite"
 
 
 def pictures(folder, size: int = 128, grey: bool = False, seed: int = 0, skip_bad: bool = False) -> dict:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import metrics
+import judges
 import shapes
 
 SIZES = (1, 3, 6, 40, 32, 32)
@@ -41,9 +41,9 @@ def test_persian_is_binary_balanced_and_deterministic():                # the se
     assert images.train.dtype == torch.uint8 and set(images.train.unique().tolist()) == {0, 1}
     assert torch.bincount(images.train_labels).tolist() == [1000] * 10
     assert torch.bincount(images.test_labels).tolist() == [200] * 10
-    other = shapes.persian(1, 200, 100)
-    assert all(np.array_equal(a, b) for a, b in zip(other, shapes.persian(1, 200, 100)))
-    assert not np.array_equal(other[0], shapes.persian(2, 200, 100)[0])
+    other = shapes.digits(1, train=200, test=100)
+    assert all(np.array_equal(a, b) for a, b in zip(other, shapes.digits(1, train=200, test=100)))
+    assert not np.array_equal(other[0], shapes.digits(2, train=200, test=100)[0])
 
 
 def test_persian_split_is_disjoint_and_without_doubles():               # no np.unique
@@ -230,10 +230,10 @@ def test_batches_are_the_generators_and_labels_fit():                   # labels
 
 def test_the_metrics_take_drawn_images():
     x = drawn()
-    classifier = metrics.Classifier(1, 3, 2).eval()
-    found = metrics.images(x.train[:40], x, classifier=classifier.float())
+    classifier = judges.Classifier(1, 3, 2).eval()
+    found = judges.images(x.train[:40], x, classifier=classifier.float())
     assert found["ink"]["value"] < 2
-    metrics.train_classifier(x.train, x.train_labels, 3, 2, steps=1, batch=4, progress=False)
+    judges.train_classifier(x.train, x.train_labels, 3, 2, steps=1, batch=4, progress=False)
 
 
 def test_what_the_grid_refuses():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import judges
 import latents
-import metrics
 import vae
 
 seeds = st.integers(0, 999)
@@ -588,9 +588,9 @@ def test_training_raises_the_bound(name):
                                               ("persian", ["--model", "vq"]), ("persian", ["--model", "sc"]),
                                               ("dsprites", ["--model", "beta"]), ("faces", ["--size", 32])])
 def test_a_run_leaves_its_numbers(cli, monkeypatch, dataset, options):
-    monkeypatch.setattr(metrics, "train_classifier",
+    monkeypatch.setattr(judges, "train_classifier",
                         lambda x, labels, classes, levels, *rest, **more:
-                        metrics.Classifier(x.shape[1], classes, levels).eval())
+                        judges.Classifier(x.shape[1], classes, levels).eval())
     monkeypatch.setattr(latents, "tsne", lambda z, seed: (z[:, :2], 0.0))
     kmeans = latents.kmeans
     monkeypatch.setattr(latents, "kmeans", lambda x, k, seed: kmeans(x, k, restarts=1, steps=2, seed=seed))
