@@ -237,15 +237,15 @@ def report(name: str, model, source, truth, folder, samples: Tensor, inception=N
 
 def label_agreement(model, truth, n: int = 1000) -> dict[str, dict]:
     """{label_agreement}: how often what is drawn for a class is read as it, by a classifier of the real set, or in the
-    plane by the nearest mode; the floor is that of real examples."""
-    device = next(model.parameters()).device
+    plane by the nearest mode, if there are modes; the floor is that of real examples."""
     y = torch.arange(n) % truth.classes
-    x = model.of_class(y.to(device)).cpu()
+    x = model.of_class(y.to(next(model.parameters()).device)).cpu()
+    real, labels = truth.sample(n, labels=True)
     if hasattr(truth, "log_prob"):
-        real, labels = truth.sample(n, labels=True)
+        if truth.modes is None:
+            return {}
         share = lambda x, y: (torch.cdist(x, truth.modes.to(x)).argmin(1) == y).double().mean()
     else:
-        real, labels = truth.sample(n, labels=True)
         with torch.inference_mode(False), torch.enable_grad():
             reader = train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
         share = lambda x, y: (judge(reader, truth.unscale(x))[0].argmax(1) == y).double().mean()
