@@ -96,10 +96,10 @@ def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
 # ---- networks
 
 
-def mlp(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
+def dense(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
     """(B, d_in) -> (B, d_out) through `depth` layers of `width`."""
     sizes = [d_in, *[width] * depth]
-    hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+    hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.LeakyReLU(0.2))]
     return nn.Sequential(*hidden, nn.Linear(width, d_out))
 
 
@@ -115,7 +115,7 @@ def draw_network(shape, latent: int, width: int, network: str, norm: bool) -> nn
     """The generator (B, latent) -> (B, *shape), images in [-1, 1]; norm: batch normalisation."""
     if network == "mlp":
         last = [nn.Unflatten(1, tuple(shape))] + [nn.Tanh()] * (len(shape) > 1)
-        return nn.Sequential(mlp(latent, math.prod(shape), width, 3), *last)
+        return nn.Sequential(dense(latent, math.prod(shape), width, 3), *last)
     sides, channels = ladder(shape, width, 8)
     layers = [nn.Linear(latent, channels[-1] * math.prod(sides[-1])), nn.Unflatten(1, (channels[-1], *sides[-1]))]
     for k in range(len(sides) - 1, 0, -1):
@@ -128,7 +128,7 @@ def draw_network(shape, latent: int, width: int, network: str, norm: bool) -> nn
 def read_network(shape, width: int, network: str, norm=None) -> tuple[nn.Sequential, int]:
     """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None."""
     if network == "mlp":
-        return nn.Sequential(nn.Flatten(), mlp(math.prod(shape), width, width), nn.SiLU()), width
+        return nn.Sequential(nn.Flatten(), dense(math.prod(shape), width, width), nn.LeakyReLU(0.2)), width
     sides, channels = ladder(shape, width, 8)
     layers = []
     for k, (i, o) in enumerate(zip(channels, channels[1:])):
@@ -143,7 +143,7 @@ class Discriminator(nn.Module):
     def __init__(self, shape, width: int, network: str, norm=None, classes: int = 0, joint: int = 0):
         super().__init__()
         self.body, features = read_network(shape, width, network, norm)
-        self.head = mlp(features + joint, 1, 4 * width) if joint else nn.Linear(features, 1)
+        self.head = dense(features + joint, 1, 4 * width) if joint else nn.Linear(features, 1)
         self.classes = nn.Embedding(classes, features) if classes else None
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:

@@ -327,9 +327,9 @@ class _Canvas:
         return cls(rgb, X, cos, sin, sin * Y, cos * Y, zoom * (size / 2))
 
     def window(self, left, top, right, bottom):
-        """The part of the picture from -1 to 1 between these places."""
+        """The part of the picture between these places, in units of the face."""
         size = self.rgb.shape[-1]
-        cut = lambda low, high: slice(*(min(max(round((v + 1) * size / 2), 0), size) for v in (low, high)))
+        cut = lambda low, high: slice(*(min(max(round((1.2 * v + 1) * size / 2), 0), size) for v in (low, high)))
         rows, columns = cut(top, bottom), cut(left, right)
         return _Canvas(self.rgb[:, :, rows, columns], self.X[:, :, columns], self.cos, self.sin, self.row_x[:, rows],
                        self.row_y[:, rows], self.edge)
@@ -392,8 +392,8 @@ def _face(factors, size):
     shade = skin * _rgb(0.82, 0.72, 0.70)
     hair = torch.lerp(_colour(DARK_HAIR, f["hair_tone"]), _colour(FAIR_HAIR, f["hair_tone"]), f["fair_hair"][:, None])
     dark_hair, cloth, back = hair * 0.72, _hue(f["clothes"], 0.50, 0.22), _hue(f["background"], 0.78, 0.12)
-    canvas = _Canvas.blank(size, span("tilt", -0.13, 0.13), span("move_x", -0.06, 0.06), span("move_y", 0.07, 0.13),
-                           span("zoom", 0.99, 1.09))
+    canvas = _Canvas.blank(size, span("tilt", -0.03, 0.03), span("move_x", -0.02, 0.02), span("move_y", 0.07, 0.09),
+                           span("zoom", 1.20, 1.26))
 
     canvas.rgb.copy_((back - 0.06 * canvas.row_y[:, None]).expand_as(canvas.rgb))
     canvas.paint(back * 0.35 + 0.65, canvas.ellipse(0.0, -0.05, 0.80, 0.80), 0.55)
@@ -431,7 +431,7 @@ def _face(factors, size):
     part = canvas.window(-0.45, 0.0, 0.45, 0.75)
     x, y = part.xy()
     part.paint(shade * 0.94, _arc(x - 1.35 * turn, y - 0.155, span("nose", 0.04, 0.07), 0.03, 0.013))
-    _mouth(part, f, x - turn, y - 0.36, skin, dark_hair, span("mouth_width", 0.13, 0.17))
+    _mouth(part, f, x - turn, y - 0.36, skin, dark_hair, span("mouth_width", 0.17, 0.21))
     gap = span("eye_gap", 0.175, 0.21)
     for side in (-1, 1):
         part = canvas.window(-0.6, -0.4, 0.15, 0.35) if side < 0 else canvas.window(-0.15, -0.4, 0.6, 0.35)
@@ -463,7 +463,7 @@ def _mouth(part, f, x, y, skin, hair, half):
     """The moustache of a beard, and the mouth: both shapes of it, of which one is seen."""
     if f["beard"].any():
         part.paint(hair, _arc(x.abs() - 0.085, y + 0.075, 0.10, -0.045, 0.030), f["beard"])
-    lips, bend, shut = torch.lerp(skin, _rgb(0.66, 0.16, 0.20), 0.65), -0.004 + 0.10 * f["smile"], 1 - f["open_mouth"]
+    lips, bend, shut = torch.lerp(skin, _rgb(0.66, 0.16, 0.20), 0.65), -0.004 + 0.12 * f["smile"], 1 - f["open_mouth"]
     half, depth = half + 0.025 * f["smile"], 0.105                      # how far the lower lip hangs
     y = y + 0.6 * bend
     arch = 1 - (x / half).clamp_(-1, 1).square_()

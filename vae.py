@@ -549,7 +549,7 @@ def main():
         images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000,
                 "mnist": {"steps": 40_000, "bound_rows": 1000}, "vq": {"steps": 2500, "batch": 64},
                 "dsprites": {"model": "beta", "latent": 10, "batch": 32, "steps": 5000, "bound_samples": 20},
-                "faces": {"latent": 64, "batch": 8, "lr": 2e-3, "steps": 9000, "bound_samples": 20, "bound_rows": 200},
+                "faces": {"latent": 64, "batch": 8, "lr": 2e-3, "steps": 18000, "bound_samples": 20, "bound_rows": 200},
                 "sc": {"steps": 2500, "batch": 64}})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
