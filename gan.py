@@ -52,6 +52,7 @@ LOSSES = {
     "wasserstein": (lambda real, fake: fake.mean() - real.mean(), lambda fake: -fake.mean()),  # [3] (2)
     "squares": (lambda real, fake: ((real - 1).square().mean() + fake.square().mean()) / 2,    # [8] section 4
                 lambda fake: (fake - 1).square().mean())}
+lrelu = lambda x: F.leaky_relu(x, 0.2) * math.sqrt(2 / 1.04)                                   # keeps E x^2 of N(0, 1)
 
 
 def slopes(scores: Tensor, x: Tensor) -> Tensor:
@@ -103,6 +104,13 @@ def dense(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, d_out))
 
 
+class Waves(nn.Module):
+    """Points (B, d) beside sines of them, (B, 5 d): what reads them sees more detail."""
+
+    def forward(self, x):
+        return torch.cat([x, (2 * x).sin(), (2 * x).cos(), (4 * x).sin(), (4 * x).cos()], 1)
+
+
 def ladder(shape, width: int, most: int) -> tuple[list[tuple[int, int]], list[int]]:
     """Sides of an image, halved until none is above `most`; its channels, then width, 2 width, 4 width there."""
     sides = [tuple(shape[1:])]
@@ -114,8 +122,8 @@ def ladder(shape, width: int, most: int) -> tuple[list[tuple[int, int]], list[in
 def draw_network(shape, latent: int, width: int, network: str, norm: bool) -> nn.Sequential:
     """The generator (B, latent) -> (B, *shape), images in [-1, 1]; norm: batch normalisation."""
     if network == "mlp":
-        last = [nn.Unflatten(1, tuple(shape))] + [nn.Tanh()] * (len(shape) > 1)
-        return nn.Sequential(dense(latent, math.prod(shape), width, 3), *last)
+        last = [nn.Tanh()] * (len(shape) > 1)
+        return nn.Sequential(dense(latent, math.prod(shape), width, 3), nn.Unflatten(1, tuple(shape)), *last)
     sides, channels = ladder(shape, width, 8)
     layers = [nn.Linear(latent, channels[-1] * math.prod(sides[-1])), nn.Unflatten(1, (channels[-1], *sides[-1]))]
     for k in range(len(sides) - 1, 0, -1):
@@ -128,7 +136,8 @@ def draw_network(shape, latent: int, width: int, network: str, norm: bool) -> nn
 def read_network(shape, width: int, network: str, norm=None) -> tuple[nn.Sequential, int]:
     """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None."""
     if network == "mlp":
-        return nn.Sequential(nn.Flatten(), dense(math.prod(shape), width, width), nn.LeakyReLU(0.2)), width
+        first, n = (nn.Flatten(), math.prod(shape)) if len(shape) > 1 else (Waves(), 5 * shape[0])
+        return nn.Sequential(first, dense(n, width, width), nn.LeakyReLU(0.2)), width
     sides, channels = ladder(shape, width, 8)
     layers = []
     for k, (i, o) in enumerate(zip(channels, channels[1:])):
@@ -184,13 +193,8 @@ class Equal(nn.Module):
         return F.conv2d(x, weight, bias, padding=self.k // 2) if self.k else F.linear(x, weight, bias)
 
 
-lrelu = lambda x: F.leaky_relu(x, 0.2) * math.sqrt(2 / 1.04)                                   # keeps E x^2 of N(0, 1)
-
-
 class StyleConv(nn.Module):
-    """A modulated convolution; `last`: to colours, without demodulation, noise and nonlinearity."""
-
-    def __init__(self, i: int, o: int, styles: int, last: bool = False):
+    def __init__(self, i: int, o: int, styles: int, last: bool = False):    # last: to colours, with modulation alone
         super().__init__()
         self.last, self.style = last, Equal(styles, i, bias=1.0)
         self.weight, self.bias = nn.Parameter(torch.randn(o, i, *[1 if last else 3] * 2)), nn.Parameter(torch.zeros(o))
@@ -262,8 +266,8 @@ class StyleDiscriminator(nn.Module):
 class GAN(nn.Module):
     """`d_loss(batch, step)`, `g_loss(batch, step)`: {name: number}, of which the first is minimised; `sample(n)`.
 
-    A batch is (x,), or (x, y) where `labels`; x (B, *shape), images in [-1, 1]. `discriminator` holds what d_loss
-    trains; both losses draw their own z. `options` are what a member alone has, and their defaults."""
+    A batch is (x,), or (x, y) where `labels`; x (B, *shape), images in [-1, 1]. Both losses draw their own z.
+    `discriminator` holds what d_loss trains, `options` what a member alone has, and the defaults."""
 
     betas, critic_steps, norm, labels, losses, options = (0.5, 0.999), 1, None, False, LOSSES["log"], {}
     share, world = slice(None), 1                           # rows of the global batch that this process keeps
@@ -274,6 +278,7 @@ class GAN(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         self.__dict__.update(self.options | options, shape=tuple(shape), latent=latent)
         self.networks(width, network)
+        self.to(memory_format=torch.channels_last)          # transposed convolutions are twice as fast so
 
     def networks(self, width: int, network: str):
         self.generator = draw_network(self.shape, self.latent, width, network, self.norm is not None)
@@ -331,7 +336,7 @@ class DCGAN(GAN):
 class WGAN(GAN):
     """[3] Algorithm 1: minus d_loss estimates K W1(p, q), where the critic's slopes reach K."""
 
-    critic_steps, losses, options = 5, LOSSES["wasserstein"], {"clip": 0.01}
+    losses, options = LOSSES["wasserstein"], {"clip": 0.01, "critic_steps": 5}
 
     def optimizers(self, lr):
         d, g = (torch.optim.RMSprop(part, lr) for part in self.parts())
@@ -342,7 +347,7 @@ class WGAN(GAN):
 class WGANGP(GAN):
     """[4] Algorithm 1. A critic without batch normalisation: its slope at one example must not depend on the others."""
 
-    betas, critic_steps, losses, options = (0.0, 0.9), 5, LOSSES["wasserstein"], {"penalty": 10.0}
+    betas, losses, options = (0.0, 0.9), LOSSES["wasserstein"], {"penalty": 10.0, "critic_steps": 5}
 
     def d_loss(self, batch, step=0):
         with torch.no_grad():
@@ -397,8 +402,7 @@ class CGAN(GAN):
 
 
 class Pool(nn.Module):
-    """Old fakes: what it is given comes back while it fills; then each image is, with probability 1/2, exchanged for
-    one that is kept, at random. [8] section 4"""
+    """Gives back what it gets while it fills; later, with probability 1/2, an older image in exchange. [8] section 4"""
 
     def __init__(self, shape, size: int = 50):
         super().__init__()
@@ -532,9 +536,8 @@ def train(model: GAN, average: GAN, optimizers, batches, steps: int, lr: float, 
 
 def build(config: dict, shape, classes, points: bool) -> GAN:
     """The model that the options of a run, or of a checkpoint, describe."""
-    member, network = MODELS[config["model"]], config["network"]
-    if network == "auto":
-        network = "mlp" if points or config["model"] == "bigan" else "conv"
+    member, auto = MODELS[config["model"]], "mlp" if points or config["model"] == "bigan" else "conv"
+    network = auto if config["network"] == "auto" else config["network"]
     if points and (network == "conv" or member in (DCGAN, CycleGAN, StyleGAN)):
         raise ValueError(f"points have no pixels: {config['model']} with --network {network} is for images")
     options = {name: value for name, value in (config | {"classes": classes or 1}).items() if name in member.options}
@@ -549,17 +552,17 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, model="wgan-gp", steps=4000, batch=256, lr=1e-3,
+        __doc__, MODELS, model="wgan-gp", steps=5000, batch=256, lr=2e-3,
         training={"latent": (16, "dimensions of z"), "width": (128, "of MLPs"), "channels": (32, "of convolutions"),
                   "network": ("auto", "of both", ["auto", "mlp", "conv"]), "size": (0, "of images; 0 keeps theirs"),
                   "penalty": (0.1, "weight of the slope's penalty (wgan-gp), of R1 (stylegan)"),
                   "clip": (0.01, "bound of weights (wgan)"), "path": (0.0, "weight of path lengths (stylegan)"),
                   "condition": ("projection", "where D reads the class (cgan)", ["projection", "planes"]),
                   "attribute": ("", "that the second set has and the first has not (cyclegan); default: the label"),
-                  "decay": (0.999, "of the generator's moving average")},
+                  "decay": (0.999, "of the moving average of G"), "critic_steps": (1, "for one of G (wgan, wgan-gp)")},
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
         images={"model": "dcgan", "steps": 6000, "batch": 64, "lr": 2e-4, "latent": 64, "width": 400, "samples": 1000,
-                "wgan": {"lr": 5e-5}, "wgan-gp": {"lr": 2e-4, "penalty": 10.0, "steps": 3000},
+                "critic_steps": 5, "wgan": {"lr": 5e-5}, "wgan-gp": {"lr": 2e-4, "penalty": 10.0, "steps": 3000},
                 "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "cyclegan": {"batch": 8, "size": 32}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)
@@ -568,8 +571,7 @@ def main():
         points = hasattr(truth, "log_prob")
         inception = judges.inception_features(job.device) if args.fid else None             # or says what is missing
         model = build(vars(args), truth.shape, truth.classes, points).to(job.device)
-        average, frames = copy.deepcopy(model).eval().requires_grad_(False), {}
-        model.share, model.world = job.share, job.world
+        average, frames, model.share, model.world = copy.deepcopy(model).eval(), {}, job.share, job.world
         if source:
             average.source = source.sample(min(args.samples, len(source.test))).to(job.device)
         draw = lambda n: torch.cat([average.sample(min(500, n - i)).cpu() for i in range(0, n, 500)])

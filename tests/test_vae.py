@@ -559,6 +559,26 @@ def test_images_are_shown_as_means_on_the_scale_of_the_data():
     close(a, model.mean(model.sample_prior(3)))
 
 
+def test_training_tells_the_loss_how_far_it_is():           # (step + 2) / steps; progress = 0 where none is given
+    model, seen = vae.BetaVAE((2,), 2, width=4, beta=3.0, capacity=1.5), []
+    x = torch.randn(5, 2)
+    torch.manual_seed(0)
+    whole = model.loss(x)
+    torch.manual_seed(0)
+    assert model.loss(x, 1.0)["loss"] == whole["loss"] == whole["nll"] + 3 * (whole["kl"] - 1.5).abs()
+    loss, model.loss = model.loss, lambda x, progress: seen.append(progress) or loss(x, progress)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    assert len(list(vae.train(model, optimizer, iter([x] * 4), 4, 1e-3))) == 4 and seen == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_code_is_dead_below_three_hundredths_of_the_usual_share():    # 0.06; <= of another mean
+    model = vae.VQVAE((2,), 2, width=4, codes=3, decay=1.0)
+    model.count.copy_(torch.tensor([3.0, 0.031, 0.028]))    # their mean is 1.02
+    model.total.copy_(model.count[:, None].expand(3, 2))
+    model.follow(torch.full((4, 2), 7.0), torch.zeros(4, dtype=torch.long))
+    close(model.codes, torch.tensor([[1.0, 1.0], [1.0, 1.0], [7.0, 7.0]]))
+
+
 @pytest.mark.parametrize("name", vae.MODELS)
 def test_training_raises_the_bound(name):
     torch.set_default_dtype(torch.float32)
