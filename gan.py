@@ -561,7 +561,7 @@ def main():
                   "decay": (0.999, "of the moving average of G"), "critic_steps": (1, "for one of G (wgan, wgan-gp)")},
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
         images={"model": "dcgan", "steps": 6000, "batch": 64, "lr": 2e-4, "latent": 64, "width": 400, "samples": 1000,
-                "critic_steps": 5, "wgan": {"lr": 5e-5}, "wgan-gp": {"lr": 2e-4, "penalty": 10.0, "steps": 3000},
+                "critic_steps": 5, "wgan": {"lr": 2e-4, "steps": 1500}, "wgan-gp": {"penalty": 10.0, "steps": 1500},
                 "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "cyclegan": {"batch": 8, "size": 32}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)

@@ -32,7 +32,21 @@ for name in m.MODELS:
     x = model.sample(5)
     assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+GAN = """
+import copy, torch
+import gan as m
+for name in {names}:
+    model = m.MODELS[name]({shape}, 4, 8, "{network}")
+    average = copy.deepcopy(model)
+    average.source = x = torch.rand(8, *model.shape)
+    batch = {{"cgan": (x, torch.arange(8)), "cyclegan": (x, -x)}}.get(name, x)
+    rows = list(m.train(model, average, model.optimizers(1e-3), iter([batch] * 18), 3, 1e-3))
+    x = average.eval().sample(5)
+    assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
 USES = {
+    "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
+            GAN.format(names="m.MODELS", shape=(1, 9, 9), network="conv")],
     "vae": [VAE.format(shape=(2,), network="mlp"), VAE.format(shape=(1, 9, 9), network="conv")],
     "ddpm": [DIFFUSION.format(name="ddpm", model="m.Diffusion((2,), m.make_schedule('linear', 50))"),
              DIFFUSION.format(name="ddpm", model="m.Diffusion((1, 8, 8), m.make_schedule('cosine', 50), 'v', 'learned', 256, 16)")],
