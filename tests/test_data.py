@@ -600,3 +600,51 @@ def test_published_sets(real_data, name, train, test, shape, levels):
         both = torch.cat([x.train, x.test]).double() / 255
         assert abs(both.mean() - 0.2868) < 1e-4 and abs(both.std() - 0.3524) < 1e-3
         assert torch.bincount(torch.cat([x.train_labels, x.test_labels])).tolist() == [1000] * 10
+
+
+# ---- two sets for translation
+
+
+def test_domains_by_an_attribute_share_no_image_and_keep_the_rest(monkeypatch):     # side swapped; the label for the attribute
+    small = data.shapes.faces(0, 16, train=512, test=256)
+    monkeypatch.setattr(data.shapes, "faces", lambda *args: small)
+    whole = data.load("faces")
+    for attribute, k in (("", 0), ("smile", 0), ("glasses", data.shapes.ATTRIBUTES.index("glasses"))):
+        without, having = data.domains("faces", attribute=attribute)
+        for split in ("train", "test"):
+            has = getattr(whole, f"{split}_attributes")[:, k]
+            for part, rows in ((without, ~has), (having, has)):
+                assert torch.equal(getattr(part, split), getattr(whole, split)[rows])
+                assert torch.equal(getattr(part, f"{split}_attributes"), getattr(whole, f"{split}_attributes")[rows])
+                assert torch.equal(getattr(part, f"{split}_labels"), getattr(whole, f"{split}_labels")[rows])
+        assert without.attribute_names == whole.attribute_names and without.levels == 256
+    with pytest.raises(ValueError, match="no attribute 'wings'; it knows smile, "):
+        data.domains("faces", attribute="wings")
+
+
+def test_domains_of_digits_and_folders(tmp_path):                       # the same set twice; B before A
+    from PIL import Image
+    a, b = data.domains("persian")
+    assert (a.name, b.name) == ("persian", "latin") and a.shape == b.shape and a.levels == b.levels == 2
+    assert b.class_names == tuple("0123456789") and torch.equal(a.train_labels.bincount(), b.train_labels.bincount())
+    assert [v.name for v in data.domains("latin")] == ["latin", "persian"]
+    for folder, shade in (("one", 10), ("two", 200)):
+        (tmp_path / folder).mkdir()
+        for k in range(10):
+            Image.new("RGB", (8, 8), (shade + k,) * 3).save(tmp_path / folder / f"{k}.png")
+    a, b = data.domains(f"folder:{tmp_path}/one,{tmp_path}/two", size=8)
+    assert a.train.max() < 30 < 190 < b.train.min()
+    for name in ("folder:a", "folder:a,", "folder:a,b,c"):
+        with pytest.raises(ValueError, match="folder:A,B; got"):
+            data.domains(name)
+    for name in ("gmm", "checkerboard"):
+        with pytest.raises(ValueError, match="not two sets"):
+            data.domains(name)
+    with pytest.raises(ValueError, match="knows none"):
+        data.domains("gmm", attribute="smile")
+
+
+def test_real_sprites_are_two_sets(real_data):
+    regular, shiny = data.domains("pokesprite", real_data, size=32)
+    assert regular.shape == shiny.shape == (3, 32, 32) and len(regular.train) > 350 < len(shiny.train)
+    assert (regular.train_labels == 0).all() and (shiny.train_labels == 1).all()
