@@ -2,6 +2,7 @@
 must not break."""
 
 import copy
+import functools
 import json
 import math
 import pathlib
@@ -657,8 +658,13 @@ def test_the_pool_exchanges_half():                         # 0.5
 # ---- runs
 
 
+LOAD = functools.cache(data.load)
+
+
 @pytest.fixture
 def quick(monkeypatch):
+    """Sets are drawn once, and the readers that judge are not trained."""
+    monkeypatch.setattr(data, "load", LOAD)
     monkeypatch.setattr(judges, "train_classifier",
                         lambda x, labels, classes, levels, *rest, **more:
                         judges.Classifier(x.shape[1], classes, levels).eval())
