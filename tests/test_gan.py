@@ -352,6 +352,14 @@ def test_path_lengths_are_pulled_to_their_moving_mean(monkeypatch):     # 4 time
     close(g_loss(model, batch_of(model, 2), 5)["g_loss"], plain)
 
 
+def test_the_mean_length_keeps_no_graph():                  # detach left out
+    torch.set_default_dtype(torch.float32)
+    model = make("stylegan", (1, 8, 8), path=2.0)
+    batches = iter([batch_of(model, 4, k)[0] for k in range(5)])
+    rows = list(gan.train(model, copy.deepcopy(model), model.optimizers(1e-3), batches, 5, 1e-3))
+    assert len(rows) == 5 and not model.mean_length.requires_grad and model.mean_length > 0
+
+
 # ---- networks
 
 
