@@ -559,6 +559,13 @@ def test_images_are_shown_as_means_on_the_scale_of_the_data():
     close(a, model.mean(model.sample_prior(3)))
 
 
+def test_build_takes_channels_for_convolutions_and_width_for_layers():  # the other one
+    config = dict(model="vae", network="auto", likelihood="auto", latent=3, code_dim=2, width=12, channels=5)
+    assert vae.build(config, (1, 8, 8), 2).decoder[0].out_features == 12
+    convs = [m for m in vae.build(config | {"network": "conv"}, (1, 16, 16), 2).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert convs[0].out_channels == 5
+
+
 def test_training_tells_the_loss_how_far_it_is():           # (step + 2) / steps; progress = 0 where none is given
     model, seen = vae.BetaVAE((2,), 2, width=4, beta=3.0, capacity=1.5), []
     x = torch.randn(5, 2)
