@@ -30,7 +30,7 @@ Glossary
   w, psi       w, psi                     (B, L, W)     a style for each layer; how far it stays from the mean style
 
 Use
-  python gan.py --dataset gmm                               wgan-gp in 2-D; --model dcgan --dataset persian
+  python gan.py --dataset gmm                               wgan-gp; or --dataset persian, --model dcgan ...
   python gan.py --model cyclegan --dataset faces --attribute glasses      or --dataset folder:A,B
 
 Not included: adaptive augmentation, spectral normalisation, growing networks.
@@ -104,10 +104,10 @@ def dense(d_in: int, d_out: int, width: int, depth: int = 2) -> nn.Sequential:
 
 
 class Waves(nn.Module):
-    """Points (B, d) beside sines of them, (B, 5 d): what reads them sees more detail."""
+    """Points (B, d) beside sines of them, (B, 9 d): what reads them sees more detail."""
 
     def forward(self, x):
-        return torch.cat([x, (2 * x).sin(), (2 * x).cos(), (4 * x).sin(), (4 * x).cos()], 1)
+        return torch.cat([x, *[wave(k * x) for k in (2, 4, 8, 16) for wave in (torch.sin, torch.cos)]], 1)
 
 
 def ladder(shape, width: int, most: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -118,15 +118,15 @@ def ladder(shape, width: int, most: int) -> tuple[list[tuple[int, int]], list[in
     return sides, [shape[0], *[width * 2 ** min(k, 2) for k in range(len(sides) - 1)]]
 
 
-def draw_network(shape, latent: int, width: int, network: str, norm: bool) -> nn.Sequential:
-    """The generator (B, latent) -> (B, *shape), images in [-1, 1]; norm: batch normalisation."""
+def draw_network(shape, latent: int, width: int, network: str) -> nn.Sequential:
+    """The generator (B, latent) -> (B, *shape), images in [-1, 1]; convolutions with batch normalisation."""
     if network == "mlp":
         shaped = [nn.Unflatten(1, tuple(shape)), *[nn.Tanh()] * (len(shape) > 1)]
         return nn.Sequential(dense(latent, math.prod(shape), width, 3), *shaped)
-    sides, channels = ladder(shape, width, 8)
+    sides, channels = ladder(shape, width, 4)
     layers = [nn.Linear(latent, channels[-1] * math.prod(sides[-1])), nn.Unflatten(1, (channels[-1], *sides[-1]))]
     for k in range(len(sides) - 1, 0, -1):
-        layers += [*[nn.BatchNorm2d(channels[k])] * norm, nn.ReLU()]
+        layers += [nn.BatchNorm2d(channels[k]), nn.ReLU()]
         layers += [nn.ConvTranspose2d(channels[k], channels[k - 1], 4, 2, 1, tuple(n % 2 for n in sides[k - 1]))]
     return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)     # half the time on a CPU
 
@@ -141,12 +141,12 @@ class ThinConv(nn.Conv2d):
         return super().forward(x)
 
 
-def read_network(shape, width: int, network: str, norm=None) -> tuple[nn.Sequential, int]:
-    """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None."""
+def read_network(shape, width: int, network: str, norm=None, most: int = 4) -> tuple[nn.Sequential, int]:
+    """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None; most: the side of the last map."""
     if network == "mlp":
-        first, n = (nn.Flatten(), math.prod(shape)) if len(shape) > 1 else (Waves(), 5 * shape[0])
+        first, n = (nn.Flatten(), math.prod(shape)) if len(shape) > 1 else (Waves(), 9 * shape[0])
         return nn.Sequential(first, dense(n, width, width), nn.LeakyReLU(0.2)), width
-    sides, channels = ladder(shape, width, 8)
+    sides, channels = ladder(shape, width, most)
     layers = []
     for k, (i, o) in enumerate(zip(channels, channels[1:])):
         layers += [(nn.Conv2d if k else ThinConv)(i, o, 4, 2, 1), *([norm(o)] if norm and k else []), nn.LeakyReLU(0.2)]
@@ -285,7 +285,7 @@ class GAN(nn.Module):
         self.networks(width, network)
 
     def networks(self, width: int, network: str):
-        self.generator = draw_network(self.shape, self.latent, width, network, self.norm is not None)
+        self.generator = draw_network(self.shape, self.latent, width, network)
         self.discriminator = Discriminator(self.shape, width, network, self.norm)
 
     def draw(self, law, n: int, *shape) -> Tensor:
@@ -337,9 +337,9 @@ class DCGAN(GAN):
 
 
 class WGAN(GAN):
-    """[3] Algorithm 1: minus d_loss estimates K W1(p, q), where the critic's slopes reach K."""
+    """[3] Algorithm 1: minus d_loss estimates K W1(p, q), K the slope of a critic normalised like DCGAN's."""
 
-    losses, options = LOSSES["wasserstein"], {"clip": 0.01, "critic_steps": 5}
+    norm, losses, options = nn.BatchNorm2d, LOSSES["wasserstein"], {"clip": 0.01, "critic_steps": 5}
 
     def optimizers(self, lr):
         d, g = (torch.optim.RMSprop(part, lr) for part in self.parts())
@@ -380,7 +380,7 @@ class CGAN(GAN):
     labels, options = True, {"classes": 10, "condition": "projection"}
 
     def networks(self, width, network):
-        self.generator = draw_network(self.shape, self.latent + self.classes, width, network, False)
+        self.generator = draw_network(self.shape, self.latent + self.classes, width, network)
         planes, project = (self.classes, 0) if self.condition == "planes" else (0, self.classes)
         self.discriminator = Discriminator((self.shape[0] + planes, *self.shape[1:]), width, network, classes=project)
 
@@ -427,7 +427,7 @@ class CycleGAN(GAN):
 
     def networks(self, width, network):
         self.generator = nn.ModuleDict({way: translator(self.shape, width) for way in ("ab", "ba")})
-        patches = lambda: [*read_network(self.shape, width, "conv", nn.InstanceNorm2d)[0][:-1],
+        patches = lambda: [*read_network(self.shape, width, "conv", nn.InstanceNorm2d, 8)[0][:-1],
                            nn.Conv2d(ladder(self.shape, width, 8)[1][-1], 1, 3, padding=1)]
         self.discriminator = nn.ModuleDict({side: nn.Sequential(*patches()) for side in "ab"})
         self.pools = nn.ModuleDict({side: Pool(self.shape) for side in "ab"})
@@ -560,9 +560,9 @@ def main():
                   "attribute": ("", "that the second set has and the first has not (cyclegan); default: the label"),
                   "decay": (0.999, "of the moving average of G"), "critic_steps": (1, "for one of G (wgan, wgan-gp)")},
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
-        images={"model": "dcgan", "steps": 6000, "batch": 64, "lr": 2e-4, "latent": 64, "width": 400, "samples": 1000,
-                "critic_steps": 5, "wgan": {"lr": 2e-4, "steps": 1500}, "wgan-gp": {"penalty": 10.0, "steps": 1500},
-                "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "cyclegan": {"batch": 8, "size": 32}})
+        images={"grid": {"latent": 2, "steps": 15_000}, "steps": 4000, "batch": 64, "lr": 1e-3, "latent": 64,
+                "width": 400, "samples": 1000, "penalty": 10.0, "cyclegan": {"lr": 2e-4, "batch": 8, "size": 32},
+                "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "wgan": {"lr": 5e-4, "critic_steps": 2}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)
         source, truth = (data.domains(args.dataset, args.data_dir, args.attribute, **options)

@@ -255,13 +255,13 @@ def label_agreement(model, truth, n: int = 1000) -> dict[str, dict]:
 def codes(model, truth, folder, most: int = 10_000) -> dict[str, dict]:
     """{code_accuracy, reconstruction}: how often the nearest code among the training set's has the label of a held-out
     image, the floor by pixels instead; and the rms error of G(E(x)), the floor for another image of the set."""
-    device, out = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
     known, held_out = truth.scale(truth.train[:most]), truth.sample(2000, torch.Generator().manual_seed(0))
     encode = lambda x: torch.cat([model.encoder(part.to(device)).cpu() for part in x.split(500)])
     z = encode(held_out)
     back = torch.cat([model.generator(part.to(device)).cpu() for part in z.split(500)])
     rms = lambda x: (x - held_out).square().mean().sqrt()
-    out["reconstruction"] = metric(rms(back), rms(held_out.roll(1, 0)), "rms")
+    out = {"reconstruction": metric(rms(back), rms(held_out.roll(1, 0)), "rms")}
     if truth.train_labels is not None:
         _, labels = truth.sample(2000, torch.Generator().manual_seed(0), labels=True)
         right = lambda x, others: nearest_accuracy(x, labels, others, truth.train_labels[:most])

@@ -59,8 +59,9 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     """Namespace of the options that every script has and its own.
 
     `training` and `sampling` map a name to (default, help) or (default, help, choices); a checkpoint remembers the
-    first, and --resume insists on them. `images` holds other defaults for sets of images, and under the name of a set
-    or a model what that one wants there; `reads` names the sibling scripts whose checkpoints --ckpt takes as well."""
+    first, and --resume insists on them. `images` holds other defaults for sets of images, under the name of a model
+    what that one wants there, and under the name of any set what is wanted for it; `reads` names the sibling scripts
+    whose checkpoints --ckpt takes as well."""
     import data
 
     training, sampling, images = training or {}, sampling or {}, images or {}
@@ -113,8 +114,7 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
         args.dataset = dataset
     if args.dataset not in data.NAMES and not args.dataset.startswith("folder:"):
         parser.error(f"unknown dataset {args.dataset!r}; the names are {', '.join(names)}")
-    preset = {} if args.dataset in data.DENSITIES else images
-    preset = preset | preset.get(args.dataset, {})
+    preset = ({} if args.dataset in data.DENSITIES else images) | images.get(args.dataset, {})
     preset = preset | preset.get(args.model or preset.get("model", common["model"][0]), {})
     for name, (default, *_) in (common | training | sampling | output).items():
         if getattr(args, name) is None:

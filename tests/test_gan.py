@@ -409,16 +409,20 @@ def test_the_thin_convolution_is_torchs(channels, h, w, seed):          # the pa
 
 def test_waves_keep_the_points():                           # cos for sin; frequencies
     x = torch.randn(4, 2)
-    close(gan.Waves()(x), torch.cat([x, torch.sin(2 * x), torch.cos(2 * x), torch.sin(4 * x), torch.cos(4 * x)], 1))
+    waves = [x, torch.sin(2 * x), torch.cos(2 * x), torch.sin(4 * x), torch.cos(4 * x),
+             torch.sin(8 * x), torch.cos(8 * x), torch.sin(16 * x), torch.cos(16 * x)]
+    close(gan.Waves()(x), torch.cat(waves, 1))
 
 
 def test_dcgan_normalises_all_but_the_first_and_the_last_layer():       # norm at k = 0; at the image; N(0, 0.02^2)
     model = make("dcgan", (1, 28, 28))
     kinds = lambda net: [type(m).__name__ for m in net.modules() if not list(m.children())]
-    assert kinds(model.generator) == ["Linear", "Unflatten", "BatchNorm2d", "ReLU", "ConvTranspose2d", "BatchNorm2d", "ReLU",
-                                      "ConvTranspose2d", "Tanh"]
-    assert kinds(model.discriminator.body) == ["ThinConv", "LeakyReLU", "Conv2d", "BatchNorm2d", "LeakyReLU", "Flatten"]
-    assert "BatchNorm2d" not in kinds(make("gan", (1, 28, 28)))
+    drawn = ["Linear", "Unflatten", *["BatchNorm2d", "ReLU", "ConvTranspose2d"] * 3, "Tanh"]
+    assert kinds(model.generator) == drawn
+    assert kinds(model.discriminator.body) == ["ThinConv", "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2,
+                                               "Flatten"]
+    plain = make("gan", (1, 28, 28))
+    assert kinds(plain.generator) == drawn and "BatchNorm2d" not in kinds(plain.discriminator)
     weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     assert all((p == 1).all() for n, p in model.named_parameters() if "BatchNorm" in n and n.endswith("weight"))

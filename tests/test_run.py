@@ -332,9 +332,10 @@ def test_wandb_gets_the_numbers_offline_without_a_key(cli, monkeypatch):
 
 @pytest.mark.parametrize("options, steps, batch", [
     ([], 1, 1), (["--model", "b"], 1, 1), (["--dataset", "mnist"], 2, 1), (["--dataset", "persian"], 3, 4),
-    (["--dataset", "persian", "--model", "b"], 5, 4), (["--dataset", "persian", "--steps", "9"], 9, 4)])
+    (["--dataset", "persian", "--model", "b"], 5, 4), (["--dataset", "persian", "--steps", "9"], 9, 4),
+    (["--dataset", "grid"], 6, 1), (["--dataset", "grid", "--model", "b"], 6, 1)])
 def test_a_set_and_a_model_bring_their_own_defaults(options, steps, batch):     # model before set; preset for points
-    images = {"steps": 2, "persian": {"steps": 3, "batch": 4}, "b": {"steps": 5}}
+    images = {"steps": 2, "persian": {"steps": 3, "batch": 4}, "b": {"steps": 5}, "grid": {"steps": 6}}
     args = run.parse("", ["a", "b"], steps=1, batch=1, lr=1.0, images=images, argv=options)
     assert (args.steps, args.batch) == (steps, batch)
 
