@@ -423,6 +423,8 @@ def test_dcgan_normalises_all_but_the_first_and_the_last_layer():       # norm a
                                                "Flatten"]
     plain = make("gan", (1, 28, 28))
     assert kinds(plain.generator) == drawn and "BatchNorm2d" not in kinds(plain.discriminator)
+    critics = {name: kinds(make(name, (1, 28, 28)).discriminator) for name in ("wgan", "wgan-gp")}
+    assert [name for name, found in critics.items() if "BatchNorm2d" in found] == ["wgan"]      # [4] section 4
     weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     assert all((p == 1).all() for n, p in model.named_parameters() if "BatchNorm" in n and n.endswith("weight"))
