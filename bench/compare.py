@@ -3,12 +3,14 @@
     python bench/compare.py gan.py --models gan wgan --dataset persian
     python bench/compare.py gan.py --models gan wgan wgan-gp --dataset persian --read       # from runs that are there
 
-What this does not know it hands to the script. Table and figure (samples above the curves of training) go to
+The members train side by side, the cores divided among them: small networks gain little from more than one. What this
+does not know it hands to the script. Table and figure (samples above the curves of training) go to
 <root>/<script>-<models>-<dataset>.md and .png.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -30,10 +32,13 @@ def main():
     args, rest = parser.parse_known_args()
     stem, root = pathlib.Path(args.script).stem, ROOT / args.root
     folders = [root / f"{stem}-{model}-{args.dataset}" for model in args.models]
+    if not args.read:
+        threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(folders)))}
+        command = [sys.executable, args.script, "--dataset", args.dataset, "--out", str(root), *rest]
+        running = [subprocess.Popen([*command, "--model", model], cwd=ROOT, env=threads) for model in args.models]
+        if any([process.wait() for process in running]):
+            sys.exit("not all members came to their end; see above")
     for model, folder in zip(args.models, folders):
-        if not args.read:
-            command = [sys.executable, args.script, "--model", model, "--dataset", args.dataset, "--out", str(root)]
-            subprocess.run([*command, *rest], cwd=ROOT, check=True)
         if not (folder / "metrics.json").is_file():
             sys.exit(f"no results of {model} in {folder}; leave out --read")
     found = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
