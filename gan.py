@@ -562,7 +562,8 @@ def main():
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
         images={"grid": {"latent": 2, "steps": 15_000}, "steps": 4000, "batch": 64, "lr": 1e-3, "latent": 64,
                 "width": 400, "samples": 1000, "penalty": 10.0, "cyclegan": {"lr": 2e-4, "batch": 8, "size": 32},
-                "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "wgan": {"lr": 5e-4, "critic_steps": 2}})
+                "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "wgan": {"lr": 5e-4, "critic_steps": 2},
+                "bigan": {"lr": 2e-4}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)
         source, truth = (data.domains(args.dataset, args.data_dir, args.attribute, **options)
@@ -589,8 +590,7 @@ def main():
                         frames[f"step {step}"] = draw(2000 if points else 64)
 
         began = time.perf_counter()
-        samples = draw(args.samples)
-        seconds = time.perf_counter() - began
+        samples, seconds = draw(args.samples), time.perf_counter() - began
         results, samples = job.judge(samples, truth)
         results |= judges.report(args.model, average, source, truth, job.folder, samples, inception)
         job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames)
