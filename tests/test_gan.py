@@ -208,6 +208,7 @@ def test_equalised_layers_keep_the_scale_and_slow_ones_move_less():     # scale 
         moved = (layer(x) - before).abs().mean()
         assert 5e-4 < moved / slow < 3e-3                   # a rate of 1e-3
     close(gan.Equal(3, 2, bias=1.0, slow=0.01)(torch.zeros(1, 3)), torch.ones(1, 2))
+    assert gan.Equal(30, 50).weight.std().item() == pytest.approx(1, rel=0.05)                # not slow unless asked
     conv = gan.Equal(5, 40, 3)
     out = conv(torch.randn(50, 5, 12, 12))
     assert out.shape == (50, 40, 12, 12) and out[:, :, 1:-1, 1:-1].var().item() == pytest.approx(1, rel=0.15)
