@@ -503,6 +503,11 @@ class Recorder(torch.nn.Module):
         return self.scale * sum(a.flatten(1).mean(1) for a in args)
 
 
+def test_a_style_scales_by_one_before_it_has_learned():     # bias=1.0; slow biases of the others are 0
+    conv = gan.StyleConv(5, 4, 6)
+    close(conv.style(torch.zeros(2, 6)), torch.ones(2, 5))
+
+
 @pytest.mark.parametrize("name", ["gan", "wgan", "wgan-gp"])
 def test_real_first_and_fake_second(name):                  # d_loss and g_loss with the other law
     model = make(name)
