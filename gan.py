@@ -3,7 +3,7 @@
     min_G max_D V = E log D(x) + E log(1 - D(G(z)));    at D = p / (p + q), V = 2 JSD(p, q) - log 4  [1] (1), theorem 1
 
 `--model` and where it departs from the first, `gan`, whose generator maximises E log D(G(z)) [1]:
-  dcgan      convolutions with batch normalisation, weights drawn from N(0, 0.02^2) [2]
+  dcgan      batch normalisation in D too (G has it in all that convolve), weights from N(0, 0.02^2) [2]
   wgan       a critic f in place of D: E f(x) - E f(G(z)) <= W1(p, q) for 1-Lipschitz f; clipped weights, RMSprop [3]
   wgan-gp    Lipschitz by a penalty on the critic's slope between real and fake points [4]
   bigan      an encoder E beside G: D judges the pairs (x, E(x)) and (G(z), z) [5]
@@ -142,7 +142,7 @@ class ThinConv(nn.Conv2d):
 
 
 def read_network(shape, width: int, network: str, norm=None, most: int = 4) -> tuple[nn.Sequential, int]:
-    """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None; most: the side of the last map."""
+    """(B, *shape) -> features (B, n), and n; norm: a class of normalisation or None; most: of the last map's side."""
     if network == "mlp":
         first, n = (nn.Flatten(), math.prod(shape)) if len(shape) > 1 else (Waves(), 9 * shape[0])
         return nn.Sequential(first, dense(n, width, width), nn.LeakyReLU(0.2)), width
