@@ -547,7 +547,7 @@ def main():
                   "sparsity": (0.1, "weight of |z|_1 (sc)"), "size": (0, "of images, in pixels; 0 keeps them")},
         sampling={"bound_samples": (1000, "k of the likelihood"), "bound_rows": (500, "examples it is measured on")},
         images={"model": "vae", "steps": 10_000, "batch": 128, "lr": 1e-3, "latent": 40, "width": 400, "samples": 1000,
-                "mnist": {"steps": 40_000, "bound_rows": 1000}, "vq": {"steps": 2500, "batch": 64},
+                "mnist": {"steps": 36_000, "bound_rows": 1000}, "vq": {"steps": 2500, "batch": 64},
                 "dsprites": {"model": "beta", "latent": 10, "batch": 32, "steps": 5000, "bound_samples": 20},
                 "faces": {"latent": 64, "batch": 8, "lr": 2e-3, "steps": 18000, "bound_samples": 20, "bound_rows": 200},
                 "sc": {"steps": 2500, "batch": 64}})
