@@ -510,7 +510,9 @@ MODELS = {"gan": GAN, "dcgan": DCGAN, "wgan": WGAN, "wgan-gp": WGANGP, "bigan": 
 def train(model: GAN, average: GAN, optimizers, batches, steps: int, lr: float, start: int = 0, decay: float = 0.999):
     """[1] Algorithm 1, but G's step takes the fakes of D's last; the rate falls to zero over the second half."""
     batches = (tuple(part[model.share] for part in (b if isinstance(b, tuple) else (b,))) for b in batches)
-    averages, (d_weights, weights), row = average.parts()[1], model.parts(), {}
+    (d_weights, weights), row = model.parts(), {}
+    moving = lambda gan: gan.parts()[1] + [b for b in gan.buffers() if b.is_floating_point()]     # statistics too
+    averages, averaged = moving(average), moving(model)
 
     def descend(losses, optimizer, parameters, slope):
         optimizer.zero_grad()
@@ -527,15 +529,13 @@ def train(model: GAN, average: GAN, optimizers, batches, steps: int, lr: float, 
             descend(model.d_loss(real, fake, step), optimizers[0], d_weights, "d_slope")
         descend(model.g_loss(real, fake, step), optimizers[1], weights, "g_slope")
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
-            for mine, theirs in zip(average.buffers(), model.buffers()):
-                mine.copy_(theirs)
+            torch._foreach_lerp_(averages, averaged, 1 - min(decay, (1 + step) / (10 + step)))
         yield {name: value.detach() for name, value in row.items()}
 
 
 def build(config: dict, shape, classes, points: bool) -> GAN:
     """The model that the options of a run, or of a checkpoint, describe."""
-    member, auto = MODELS[config["model"]], "mlp" if points or config["model"] == "bigan" else "conv"
+    member, auto = MODELS[config["model"]], "mlp" if points else "conv"
     network = auto if config["network"] == "auto" else config["network"]
     if points and (network == "conv" or member in (DCGAN, CycleGAN, StyleGAN)):
         raise ValueError(f"points have no pixels: {config['model']} with --network {network} is for images")
@@ -561,9 +561,9 @@ def main():
                   "decay": (0.999, "of the moving average of G"), "critic_steps": (1, "for one of G (wgan, wgan-gp)")},
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
         images={"grid": {"latent": 2, "steps": 15_000}, "steps": 4000, "batch": 64, "lr": 1e-3, "latent": 64,
-                "width": 400, "samples": 1000, "penalty": 10.0, "wgan": {"lr": 5e-4, "critic_steps": 2},
-                "bigan": {"lr": 2e-4, "penalty": 1.0}, "cyclegan": {"lr": 2e-4, "batch": 4, "size": 32, "channels": 16},
-                "stylegan": {"lr": 4e-3, "batch": 32, "channels": 16, "penalty": 1.0}})
+                "samples": 1000, "penalty": 10.0, "cyclegan": {"lr": 2e-4, "batch": 4, "channels": 16, "size": 32},
+                "wgan": {"lr": 5e-4, "critic_steps": 2}, "bigan": {"steps": 2500, "decay": 0.99, "penalty": 1.0},
+                "width": 400, "stylegan": {"lr": 4e-3, "batch": 32, "channels": 16, "penalty": 1.0, "steps": 8000}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)
         source, truth = (data.domains(args.dataset, args.data_dir, args.attribute, **options)

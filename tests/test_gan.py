@@ -569,6 +569,7 @@ def test_train_takes_turns_as_the_papers_do(name, steps, betas):
     if betas:
         assert all(o.defaults["betas"] == betas for o in optimizers)
     turns, want, rates = [], [p.detach().clone() for p in model.parts()[1]], []
+    statistics = [b.clone() for b in model.buffers()]
     for side, optimizer in zip("dg", optimizers):
         optimizer.register_step_post_hook(lambda *_, side=side: turns.append(side))
     batches = iter([batch_of(model, 4, k)[0] for k in range(40)])
@@ -578,8 +579,9 @@ def test_train_takes_turns_as_the_papers_do(name, steps, betas):
         want = [keep * a + (1 - keep) * p.detach() for a, p in zip(want, model.parts()[1])]
         for a, b in zip(average.parts()[1], want):
             close(a, b)
-        for a, b in zip(average.buffers(), model.buffers()):
-            assert torch.equal(a, b)
+        statistics = [keep * a + (1 - keep) * b for a, b in zip(statistics, model.buffers())]
+        for a, b in zip(average.buffers(), statistics):     # or averaged weights do not fit them
+            assert not a.is_floating_point() or torch.allclose(a, b, rtol=1e-4, atol=1e-7)
         rates.append(optimizers[1].param_groups[0]["lr"])
         assert {"d_loss", "g_loss", "d_slope", "g_slope"} <= row.keys() and not any(v.requires_grad for v in row.values())
     assert turns == (["d"] * steps + ["g"]) * 4
