@@ -487,7 +487,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, steps=3000, batch=512, lr=2e-3,
+        __doc__, MODELS, steps=2000, batch=512, lr=2e-3,
         training={"width": (128, "of the MLP"), "depth": (2, "its hidden layers"), "octaves": (3, "of its sines"),
                   "channels": (32, "of the convolutions"), "step": (1e-3, "eta of Langevin"),
                   "temperature": (1.0, "T of the chains: noise = sqrt(2 step T)"),
@@ -501,7 +501,7 @@ def main():
                   "limit": (0.0, "of the norm of the weights' gradient, 0: none"),
                   "data_noise": (0.0, "added to the data"), "base": (0.25, "of base |x|^2 / 2, for points"),
                   "decay": (0.99, "of the average of the weights"), "size": (0, "of images; 0 keeps theirs")},
-        sampling={"sample_steps": (1000, "of fresh chains"), "hot": (1.0, "their first noise over their last"),
+        sampling={"sample_steps": (300, "of fresh chains"), "hot": (1.0, "their first noise over their last"),
                   "compare": (False, "a table of starts and noise schedules")},
         images={"steps": 3000, "batch": 64, "lr": 3e-4, "step": 1.0, "temperature": 5e-5, "chain": 20, "buffer": 2000,
                 "reinit": 0.05, "l2": 0.1, "clip": 0.03, "limit": 1.0, "data_noise": 0.03, "samples": 500,
@@ -569,7 +569,7 @@ def main():
             else:
                 results["kl"] = metrics.metric(kl(average.energy, truth, 2), 0, "nats")
                 with torch.no_grad():
-                    weights = ais(average.energy, 1000, truth.shape, annealed(1e-3, 1, 200), 2.0, 0.05, device=job.device)
+                    weights = ais(average.energy, 1000, truth.shape, annealed(1e-3, 1, 100), 2.0, 0.05, device=job.device)
                 estimate = float(weights.logsumexp(0)) - math.log(len(weights))
                 results["log_z"] = metrics.metric(estimate, log_z(average.energy, 8.0, 8 * cells // 6, job.device), "nats")
             found = trouble(0.0, 1.0, results["kl"]["value"]) or found

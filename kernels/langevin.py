@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import rng
 from ._runtime import AMD, INTERPRET, backend, int32, jit, refuse_gradients, tl, triton
+from .diffusion import normal_tile
 
 NAMES = ("frequencies", "phases", "w_in", "b_in", "w_hidden", "b_hidden", "w_out", "b_out")
 
@@ -169,6 +170,204 @@ def _step_torch(x, g, A, B, seed, step, clip, bound) -> Tensor:
     return new if bound is None else new.clamp_(-bound, bound)
 
 
+# ---- Triton
+
+
+@jit()
+def sigmoid(a, FAST: tl.constexpr):
+    if FAST:                                                            # one special-function instruction, NVIDIA only
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * a], tl.float32, is_pure=True, pack=1)
+        return 0.5 * tanh + 0.5
+    else:
+        return 1 / (1 + tl.exp(-a))
+
+
+@jit()
+def sine_cosine(a):
+    """Of any |a| < 1e4 to 1e-6, without libdevice's branch for huge arguments: a = n pi + r, then Taylor to 1e-8."""
+    n = tl.floor(a * 0.3183098861837907 + 0.5)
+    r = (a - n * 3.140625) - n * 9.676535897932e-4                      # pi in two parts: n times the first is exact
+    s = r * r
+    sin = r + r * s * (-1.6666667e-1 + s * (8.3333333e-3 + s * (-1.9841270e-4 + s * (2.7557319e-6 - s * 2.4767479e-8))))
+    cos = 2.4801587e-5 + s * (-2.7557319e-7 + s * 2.0437326e-9)
+    cos = 1 + s * (-0.5 + s * (4.1666667e-2 + s * (-1.3888889e-3 + s * cos)))
+    odd = (n.to(tl.int32) & 1) == 1
+    return tl.where(odd, -sin, sin), tl.where(odd, -cos, cos)
+
+
+@jit(do_not_specialize=["n", "steps", "first", "k0", "k1", "reload"])
+def langevin_kernel(x_ptr, y_ptr, waves_ptr, phases_ptr, w_in_ptr, b_in_ptr, w_hidden_ptr, b_hidden_ptr, w_out_ptr,
+                    b_out_ptr, table_ptr, out_ptr, n, steps, first, k0, k1, reload, base, clip, bound,
+                    D: tl.constexpr, H: tl.constexpr, L: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
+                    LABELS: tl.constexpr, CLIP: tl.constexpr, BOUND: tl.constexpr, NOISE: tl.constexpr,
+                    FAST: tl.constexpr, RELOAD: tl.constexpr):
+    """One program: BN chains through all steps. w_hidden and w_out fp16 (or fp32, then every product is fp32).
+
+    Padded to 16: waves (D, 16), its first D columns the identity and then F; phases (16,); w_in (H, 16); w_out (16, H) and
+    b_out (16,), -inf from C on. `reload` is 0 at run time: see diffusion.chain_kernel.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)        # [BN]
+    cols = tl.arange(0, 16)                                             # [16]
+    hid = tl.arange(0, H)                                               # [H]
+    here = (rows < n)[:, None] & (cols < D)[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    x = tl.load(x_ptr + at, mask=here, other=0.0)                       # [BN, 16] fp32, zero from column D on
+    half = w_hidden_ptr.dtype.element_ty
+    w = tl.load(w_in_ptr + hid[None, :] * 16 + cols[:, None])           # [16, H] fp32
+    w_hi = w.to(half)
+    w_lo = (w - w_hi.to(tl.float32)).to(half)
+    w_out = tl.load(w_out_ptr + cols[:, None] * H + hid[None, :])       # [16, H]
+    phases = tl.load(phases_ptr + cols)                                 # [16]
+    if LABELS:
+        y = tl.load(y_ptr + rows, mask=rows < n, other=0).to(tl.int32)  # [BN]
+    square = hid[None, :] * H + hid[:, None]                            # [H, H] of W^T
+    hidden = ()
+    if not RELOAD:
+        for l in tl.static_range(L):
+            hidden = hidden + (tl.load(w_hidden_ptr + l * H * H + square),)     # L x [H, H] in shared memory
+    for s in range(steps):
+        angle = phases[None, :] + tl.zeros((BN, 16), tl.float32)
+        for d in tl.static_range(D):
+            x_d = tl.sum(tl.where(cols[None, :] == d, x, 0.0), 1)       # [BN]
+            angle += x_d[:, None] * tl.load(waves_ptr + d * 16 + cols)[None, :]
+        sin, cos = sine_cosine(angle)
+        phi = tl.where(cols[None, :] < D, x, sin)                       # [BN, 16]
+        a = tl.load(b_in_ptr + s * reload + hid)[None, :] + tl.zeros((BN, H), tl.float32)
+        if half == tl.float32:
+            a = tl.dot(phi, w, acc=a, input_precision="ieee")
+        else:
+            phi_hi = phi.to(half)
+            phi_lo = (phi - phi_hi.to(tl.float32)).to(half)
+            a = tl.dot(phi_hi, w_hi, acc=a)
+            a = tl.dot(phi_lo, w_hi, acc=a)
+            a = tl.dot(phi_hi, w_lo, acc=a)
+        up = sigmoid(a, FAST)
+        h = a * up                                                      # silu, and below its slope s + h (1 - s)
+        slopes = ((up + h * (1 - up)).to(half),)                        # L + 1 tiles [BN, H]
+        for l in tl.static_range(L):
+            if RELOAD:
+                W = tl.load(w_hidden_ptr + l * H * H + s * reload + square)
+            else:
+                W = hidden[l]
+            a = tl.load(b_hidden_ptr + l * H + s * reload + hid)[None, :] + tl.zeros((BN, H), tl.float32)
+            a = tl.dot(h.to(half), W, acc=a, input_precision="ieee")
+            up = sigmoid(a, FAST)
+            h = a * up
+            slopes = slopes + ((up + h * (1 - up)).to(half),)
+        if C == 1:
+            g = tl.zeros((BN, H), tl.float32) - tl.load(w_out_ptr + s * reload + hid).to(tl.float32)[None, :]
+        else:
+            f = tl.dot(h.to(half), tl.trans(w_out), input_precision="ieee") + tl.load(b_out_ptr + cols)[None, :]
+            p = tl.exp(f - tl.max(f, 1)[:, None])                       # [BN, 16]
+            p = p / tl.sum(p, 1)[:, None]
+            if LABELS:
+                p = tl.where(y[:, None] < 0, p, tl.where(cols[None, :] == y[:, None], 1.0, 0.0))
+            g = tl.dot((-p).to(half), w_out, input_precision="ieee")    # dE/dh_L
+        for k in tl.static_range(L):
+            if RELOAD:
+                W = tl.load(w_hidden_ptr + (L - 1 - k) * H * H + s * reload + square)
+            else:
+                W = hidden[L - 1 - k]
+            g = tl.dot((g * slopes[L - k].to(tl.float32)).to(half), tl.trans(W), input_precision="ieee")
+        g = g * slopes[0].to(tl.float32)
+        if half == tl.float32:
+            g_phi = tl.dot(g, tl.trans(w), input_precision="ieee")      # [BN, 16]
+        else:
+            g_phi = tl.dot(g.to(half), tl.trans(w_hi))
+        g_phi = tl.where(cols[None, :] < D, g_phi, g_phi * cos)
+        g_x = base * x
+        for d in tl.static_range(D):
+            g_d = tl.sum(g_phi * tl.load(waves_ptr + d * 16 + cols)[None, :], 1)
+            g_x += tl.where(cols[None, :] == d, g_d[:, None], 0.0)
+        if CLIP:
+            g_x = tl.minimum(tl.maximum(g_x, -clip), clip)
+        x -= tl.load(table_ptr + tl.cast(s, tl.int64) * 2) * g_x
+        if NOISE:
+            x += tl.load(table_ptr + tl.cast(s, tl.int64) * 2 + 1) * normal_tile(k0, k1, rows, first + s, D, BN)
+        if BOUND:
+            x = tl.minimum(tl.maximum(x, -bound), bound)
+    tl.store(out_ptr + at, x, mask=here)
+
+
+@jit(do_not_specialize=["step", "k0", "k1"])                             # n a multiple of 16: 16-byte accesses
+def update_kernel(x_ptr, g_ptr, new_ptr, n, step, k0, k1, A, B, clip, bound,
+                  CLIP: tl.constexpr, BOUND: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK groups of four elements of flattened tensors."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]            # [BLOCK, 1]
+    at = group * 4 + tl.arange(0, 4)[None, :]                           # [BLOCK, 4]
+    here = at < n
+    g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
+    if CLIP:
+        g = tl.minimum(tl.maximum(g, -clip), clip)
+    x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32) - A * g
+    if NOISE:
+        row = group.to(tl.uint32)
+        zero = row * 0
+        z0, z1, z2, z3 = rng.philox_normal4(k0, k1, row, zero + step.to(tl.uint32), zero, zero + 1)
+        x += B * tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK, 4)
+    if BOUND:
+        x = tl.minimum(tl.maximum(x, -bound), bound)
+    tl.store(new_ptr + at, x, mask=here)
+
+
+# ---- launchers: static tables, no autotune
+
+
+def langevin_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
+    """How to launch langevin_kernel with `shared` bytes of shared memory a block to be had; None if it cannot be."""
+    if H not in (16, 32, 64, 128) or L * H > 256:
+        return None
+    reload = 2 * L * H * H + 24_576 > shared or (amd and H > 64)
+    if reload and 2 * H * H + 24_576 > shared:
+        return None
+    return dict(BN=64, RELOAD=reload, num_warps=4, num_stages=1)
+
+
+def _config_for(x: Tensor, H: int, L: int) -> dict | None:
+    if not x.is_cuda:
+        return langevin_config(H, L, 1 << 20, False)                    # interpreted
+    device = torch.cuda.get_device_properties(x.device)
+    shared = getattr(device, "shared_memory_per_block_optin", 0) or 65_536
+    return langevin_config(H, L, shared, AMD) if H >= 64 else None
+
+
+def _padded(tensor: Tensor, *shape: int, value: float = 0.0) -> Tensor:
+    out = tensor.new_full(shape, value)
+    out[tuple(slice(n) for n in tensor.shape)] = tensor
+    return out
+
+
+def _chain_triton(x, network, coefficients, seed, y, first, base, clip, bound, noise=True,
+                  precision=torch.float16, fast=None, reload=None) -> Tensor:
+    frequencies, phases, w_in, b_in, w_hidden, b_hidden, w_out, b_out = (w.detach().float() for w in network)
+    (N, D), H, L, C = x.shape, len(b_in), len(w_hidden), len(w_out)
+    waves = _padded(torch.cat([torch.eye(D, device=x.device), frequencies], 1), D, 16)
+    phases = _padded(torch.cat([phases.new_zeros(D), phases]), 16)
+    weights = _padded(w_in, H, 16), b_in.contiguous(), w_hidden.to(precision).contiguous(), b_hidden.contiguous()
+    last = _padded(w_out, 16, H).to(precision), _padded(b_out, 16, value=-torch.inf)
+    x, table, labels = x.contiguous(), coefficients.float().contiguous(), x if y is None else y.contiguous()
+    out, config = torch.empty_like(x), _config_for(x, H, L)
+    if reload is not None:
+        config["RELOAD"] = reload
+    fast = not (INTERPRET or AMD) if fast is None else fast
+    if N:
+        langevin_kernel[(triton.cdiv(N, config["BN"]),)](
+            x, labels, waves, phases, *weights, *last, table, out,
+            N, len(table), int32(first), int32(seed), int32(seed >> 32), 0, float(base), float(clip or 0),
+            float(bound or 0), D=D, H=H, L=L, C=C, LABELS=y is not None, CLIP=clip is not None, BOUND=bound is not None,
+            NOISE=noise, FAST=fast, enable_fp_fusion=True, **config)
+    return out
+
+
+def _step_triton(x, g, A, B, seed, step, clip, bound) -> Tensor:
+    new = torch.empty_like(x)
+    if n := x.numel():
+        update_kernel[(triton.cdiv(n, 1024),)](
+            x, g, new, n, int32(step), int32(seed), int32(seed >> 32), A, B, float(clip or 0), float(bound or 0),
+            CLIP=clip is not None, BOUND=bound is not None, NOISE=B != 0, BLOCK=256, num_warps=4, enable_fp_fusion=True)
+    return new
+
+
 # ---- public
 
 
@@ -194,6 +393,13 @@ def langevin_chain(x, network, coefficients, seed, y=None, first=0, base=0.0, cl
     the whole chain exactly. No gradients: call it under torch.no_grad(). On the CPU in the dtype of x."""
     refuse_gradients("langevin_chain", x, *network, coefficients)
     _check_chain(x, network, coefficients, y)
+    (D, E), H, L, C, why_not = network[0].shape, len(network[3]), len(network[4]), len(network[7]), ""
+    if not (1 <= D <= 4 and D + E <= 16 and C <= 16 and x.dtype == torch.float32):
+        why_not = f"D = {D}, E = {E}, C = {C}, {x.dtype}; the kernel takes D <= 4, D + E <= 16, C <= 16 and float32"
+    elif _config_for(x, H, L) is None:
+        why_not = f"H = {H}, L = {L}, and the kernel takes H = 64 or 128 with L H <= 256"
+    if backend(x, why_not) == "triton":
+        return _chain_triton(x, network, coefficients, seed, y, first, base, clip, bound)
     return _chain_torch(x, network, coefficients, seed, y, first, base, clip, bound)
 
 
@@ -202,4 +408,6 @@ def langevin_step(x, g, A, B, seed, step, clip=None, bound=None) -> Tensor:
     refuse_gradients("langevin_step", x, g)
     if x.shape != g.shape:
         raise ValueError(f"x {tuple(x.shape)} and g {tuple(g.shape)} must have one shape")
+    if backend(x, "" if x.is_floating_point() and x.dtype != torch.float64 else f"{x.dtype}") == "triton":
+        return _step_triton(x.contiguous(), g.contiguous(), float(A), float(B), seed, step, clip, bound)
     return _step_torch(x, g, float(A), float(B), seed, step, clip, bound)
