@@ -230,33 +230,28 @@ class PointLogits(nn.Module):
         return mlp_plain(x, *self.weights())
 
 
-class ThinConv(nn.Conv2d):
-    """4 x 4, stride 2, padding 1. Unfolded where x needs its gradient, which a CPU has in a fifth of the time."""
-
-    def forward(self, x):
-        if x.requires_grad and not x.is_cuda:
-            out = self.weight.flatten(1) @ F.unfold(x, 4, 1, 1, 2) + self.bias[:, None]
-            return out.unflatten(2, [n // 2 for n in x.shape[2:]])
-        return super().forward(x)
-
-
 class ImageLogits(nn.Module):
     """Images (B, C, H, W) -> (B, classes). Silu and no normalisation: an energy has a slope everywhere, and one chain does
-    not feel the others. `stem` is the first layer, `rest` all behind it."""
+    not feel the others. Pixels are folded 2x2 into channels first: on a CPU twice as fast as to begin with large kernels.
+    `stem` is the first layer, `rest` all behind it."""
 
-    def __init__(self, shape, classes: int, width: int = 32):
+    def __init__(self, shape, classes: int, width: int = 16):
         super().__init__()
-        side, c, layers = [n // 2 for n in shape[1:]], width, []
-        while min(side) > 3:
-            layers += [nn.Conv2d(c, min(2 * c, 4 * width), 4, 2, 1), nn.SiLU()]
-            side, c = [n // 2 for n in side], min(2 * c, 4 * width)
-        self.stem = nn.Sequential(ThinConv(shape[0], width, 4, 2, 1), nn.SiLU())
-        self.rest = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * math.prod(side), 4 * width), nn.SiLU(),
+        half = lambda n: (n + 1) // 2
+        sides, c, layers = [half(half(n)) for n in shape[1:]], 2 * width, []
+        while min(sides) > 4:
+            layers += [nn.Conv2d(c, 4 * width, 3, 2, 1), nn.SiLU()]
+            sides, c = [half(n) for n in sides], 4 * width
+        self.odd = [n % 2 for n in shape[1:]]
+        self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * shape[0], 2 * width, 3, 2, 1), nn.SiLU())
+        self.rest = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * math.prod(sides), 4 * width), nn.SiLU(),
                                   nn.Linear(4 * width, classes))
-        self.to(memory_format=torch.channels_last)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.stem(F.pad(x, (0, self.odd[1], 0, self.odd[0]), mode="replicate") if any(self.odd) else x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rest(self.stem(x))
+        return self.rest(self.first(x))
 
 
 # ---- the family: an energy and a sampler
@@ -287,7 +282,7 @@ class EBM(nn.Module):
     labels, conditional, start = False, False, "noise"
     share, limit = slice(None), 0.0                         # rows of the global batch that count here; of the gradient
 
-    def __init__(self, shape, classes: int = 1, width: int = 128, depth: int = 2, octaves: int = 3, channels: int = 32,
+    def __init__(self, shape, classes: int = 1, width: int = 128, depth: int = 2, octaves: int = 3, channels: int = 16,
                  step: float = 1e-3, temperature: float = 1.0, noise: float = 0.0, chain: int = 5, inner: int = 1,
                  buffer: int = 1024, reinit: float = 0.0, jumps: int = 4, init: str = "", clip: float = 0.0,
                  base: float = 0.25, l2: float = 0.0, data_noise: float = 0.0):
@@ -352,10 +347,10 @@ class EBM(nn.Module):
         for k, (step, noise) in enumerate(table.tolist()):
             if k % self.inner == 0 and self.inner > 1:      # the gradient behind the first layer, kept for `inner` steps
                 with torch.no_grad():
-                    h = self.network.stem(x)
+                    h = self.network.first(x)
                 behind = gradient(lambda h: energy_of(self.network.rest(h), y), h)
             energy = (lambda x: energy_of(self.network(x), y)) if self.inner == 1 else (
-                lambda x: behind * self.network.stem(x))
+                lambda x: behind * self.network.first(x))
             g = gradient(energy, x)
             with torch.no_grad():
                 x = update(x, g, step, noise, seed, k, **limits)
@@ -489,7 +484,7 @@ def main():
     args = run.parse(
         __doc__, MODELS, steps=2000, batch=512, lr=2e-3,
         training={"width": (128, "of the MLP"), "depth": (2, "its hidden layers"), "octaves": (3, "of its sines"),
-                  "channels": (32, "of the convolutions"), "step": (1e-3, "eta of Langevin"),
+                  "channels": (16, "of the convolutions"), "step": (1e-3, "eta of Langevin"),
                   "temperature": (1.0, "T of the chains: noise = sqrt(2 step T)"),
                   "noise": (0.0, "of a step, whatever T would say; 0: as T says"),
                   "chain": (5, "gradients of the whole network a draw"), "inner": (1, "steps with each, of images [5]"),
@@ -503,7 +498,7 @@ def main():
                   "decay": (0.99, "of the average of the weights"), "size": (0, "of images; 0 keeps theirs")},
         sampling={"sample_steps": (300, "of fresh chains"), "hot": (1.0, "their first noise over their last"),
                   "compare": (False, "a table of starts and noise schedules")},
-        images={"steps": 3000, "batch": 64, "lr": 3e-4, "step": 1.0, "temperature": 5e-5, "chain": 20, "buffer": 2000,
+        images={"steps": 3000, "batch": 64, "lr": 5e-4, "step": 10.0, "temperature": 5e-6, "chain": 20, "buffer": 2000,
                 "reinit": 0.05, "l2": 0.1, "clip": 0.03, "limit": 1.0, "data_noise": 0.03, "samples": 500,
                 "decay": 0.995, "sample_steps": 500})
     with run.Run(args) as job:

@@ -41,7 +41,8 @@ COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
 TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64", y_ptr="*i64") | dict.fromkeys(
     ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny"), "fp32")
-NO_SPILL_IN_LOOP = ("sm_90",)
+NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128 logits",)        # that one has a budget alone
+IMAGES = diffusion.step_kernel, langevin.update_kernel
 
 
 def configurations():
@@ -97,7 +98,7 @@ def compiled(kernel, constants, options, target):
             signature[name] = TYPES.get(name, "*fp32")
             pointers[i,] = [["tt.divisibility", 16]]
         else:
-            if name == "stride_n" or name == "n" and kernel in (diffusion.step_kernel, langevin.update_kernel):       # a row's, an image's size
+            if name == "stride_n" or name == "n" and kernel in IMAGES:                      # a row's, an image's size
                 pointers[i,] = [["tt.divisibility", 16]]
             signature[name] = TYPES.get(name, "i32")
     source = ASTSource(kernel, signature, constants, pointers)
@@ -185,7 +186,7 @@ def faults(name, target, n, budget):
         yield f"{n['instructions']} instructions: an empty program"
     if name not in ("step", "centre", "update") and target not in AMD and not n["loop"]:
         yield "no loop found in the machine code"
-    if target in NO_SPILL_IN_LOOP and n["in_loop"]:
+    if target in NO_SPILL_IN_LOOP and name not in SOME_SPILL and n["in_loop"]:
         yield f"{n['in_loop']} spills in the loop"
     for key, slack in SLACK.items():
         if budget and n[key] > budget[key] + (slack if budget[key] or key not in ("in_loop", "spilled") else 0):
@@ -208,7 +209,7 @@ def main():
     budget = budgets.get(minor, {})
     against = "to be measured" if args.measure else minor if budget else "none for this version, limits only"
     print(f"Triton {triton.__version__}; budget: {against}")
-    print(f"{'kernel':18s}{'target':8s}" + "".join(f"{c:>13s}" for c in COLUMNS))
+    print(f"{'kernel':20s}{'target':8s}" + "".join(f"{c:>13s}" for c in COLUMNS))
     measured, bad = {}, 0
     for (name, target), (kernel, constants, options) in configurations().items():
         if target not in args.targets or args.only not in name:
@@ -217,7 +218,7 @@ def main():
         n = measured[key] = numbers(kernel, constants, options, target)
         wrong = list(faults(name, target, n, None if args.measure else budget.get(key)))
         bad += bool(wrong)
-        print("\n    ".join([f"{name:18s}{target:8s}" + "".join(f"{n[c]:13d}" for c in COLUMNS), *wrong]), flush=True)
+        print("\n    ".join([f"{name:20s}{target:8s}" + "".join(f"{n[c]:13d}" for c in COLUMNS), *wrong]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({minor: measured}, indent=1) + "\n")
     if args.measure:

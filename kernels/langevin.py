@@ -2,26 +2,26 @@
 
 `langevin_chain`: S steps under the energy of a classifier's logits, its gradient derived by hand,
 
-    phi = [x, sin(x F + phase)];   h_0 = silu(phi W_in^T + b_in);   h_l = silu(h_{l-1} W_l^T + b_l);   f = h_L W_out^T + b_out
-    E(x) = base |x|^2 / 2 - log sum_y exp f_y,   or - f_y in the place of the sum for chains of a class y >= 0
+    phi = [x, sin(x F + phase)];   h_0 = silu(phi W_in^T + b_in);   h_l = silu(h_{l-1} W_l^T + b_l), l = 1..L
+    f = h_L W_out^T + b_out;   E(x) = base |x|^2 / 2 - log sum_y exp f_y,   or - f_y for a chain of the class y >= 0
     dE/dh_L = - softmax(f) W_out,   g_l = silu'(a_l) dE/dh_l,   dE/dh_{l-1} = g_l W_l,   ..., down to phi and x
     x <- clamp(x - A_s clip(dE/dx, -c, c) + B_s z, -bound, bound),       z ~ N(0, I): rng.normal at step first + s
 
-One logit is an energy without classes. A = step, B = sqrt(2 step T) is Langevin dynamics at temperature T; a table (S, 2)
-of [A, B] anneals either; `clip` is the proximal step. Shapes: x (N, D), frequencies F (D, E), phases (E,), w_in (H, D + E),
-b_in (H,), w_hidden (L, H, H), b_hidden (L, H), w_out (C, H), b_out (C,), y (N,) int64 or None.
+One logit is an energy without classes. A = step, B = sqrt(2 step T) is Langevin dynamics at temperature T; a table
+(S, 2) of [A, B] anneals either; `clip` makes a step proximal. Shapes: x (N, D), frequencies F (D, E), phases (E,),
+w_in (H, D + E), b_in (H,), w_hidden (L, H, H), b_hidden (L, H), w_out (C, H), b_out (C,), y (N,) int64 or None.
 
-What it saves. An eager step runs the network, records it, walks it back and updates: some 60 launches, and each hidden
-activation goes through memory a dozen times. The kernel is one launch for all steps: weights in shared memory (W^T for
-the way back is a view of the same copy), x, the activations and their slopes in registers. Products take fp16 operands and
-fp32 accumulators; x and phi stay fp32, phi enters the first layer as a sum of two fp16 parts. On a CPU a tile of rows goes
-through all steps in preallocated buffers, without an autograd graph: silu's slope is read from the pre-activations.
+What it saves. An eager step runs the network, records it, walks it back and updates: some 60 launches, and a hidden
+activation goes through memory a dozen times. The kernel is one launch for all steps: the weights in shared memory (W,
+for the way back a view of the same copy), x, activations and slopes in registers. Products take fp16 operands and fp32
+accumulators; x and phi stay fp32, phi enters the first layer as a sum of two fp16 parts. On a CPU a tile of rows goes
+through all steps in preallocated buffers with no autograd graph: silu's slope is read from what silu was applied to.
 
-`langevin_step`: x <- clamp(x - A clip(g) + B z) for a gradient g that a convolutional network gave: 12 bytes an fp32 element
-(eager: 8 to 12 an operation, and the noise once more). The network's two passes dominate an image's step: this saves the rest.
+`langevin_step`: x <- clamp(x - A clip(g) + B z) for the gradient g of a convolutional energy: 12 bytes an fp32 element
+(eager: 8 to 12 an operation). That network's two passes take most of such a step: this saves the rest alone.
 
 Limits. No gradients through a chain. The kernel: H = 64 or 128 (16 and 32 too when interpreted), D = 1..4, D + E <= 16,
-C <= 16, L H <= 256, activations within fp16's 65504. The CPU path takes any size.
+C <= 16, L H <= 256, activations within fp16's 65504. The CPU path takes any size and the dtype of x.
 """
 
 import threading
@@ -31,9 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rng
+from . import diffusion, rng
 from ._runtime import AMD, INTERPRET, backend, int32, jit, refuse_gradients, tl, triton
-from .diffusion import normal_tile
 
 NAMES = ("frequencies", "phases", "w_in", "b_in", "w_hidden", "b_hidden", "w_out", "b_out")
 
@@ -53,7 +52,7 @@ def energy_reference(x, network, y=None, base=0.0) -> Tensor:
     return base / 2 * x.square().sum(1) - value
 
 
-def langevin_chain_reference(x, network, coefficients, seed, y=None, first=0, base=0.0, clip=None, bound=None) -> Tensor:
+def langevin_chain_reference(x, network, coefficients, seed, y=None, first=0, base=0.0, clip=None, bound=None):
     """The definition, in any dtype, by autograd. The noise is rng's float32 stream, cast."""
     for s, (A, B) in enumerate(coefficients.tolist()):
         with torch.enable_grad():
@@ -85,12 +84,8 @@ def _chain_tile(x, row, network, y, table, seed, first, base, clip, bound, stop)
     a, h, g = x.new_empty(L + 1, R, H).unbind(), x.new_empty(R, H), x.new_empty(R, H)
     weights = [(w_in.T, b_in), *zip(w_hidden.mT.unbind(), b_hidden.unbind())]
     back = [w_in, *w_hidden.unbind()]
-    fixed = -w_out.expand(R, H) if len(w_out) == 1 else None            # dE/dh_L where it is the same at each step
-    some = None
-    if y is not None and fixed is None:
-        some = (y < 0)[:, None] if (y < 0).any() else None
-        chosen = -w_out[y.clamp(min=0)]
-        fixed = chosen if some is None else None
+    chosen = -w_out.expand(R, H) if len(w_out) == 1 else None if y is None else -w_out[y.clamp(min=0)]
+    free = chosen is None or len(w_out) > 1 and y is not None and bool((y < 0).any())       # dE/dh_L changes with x
     block = max(1, 32768 // (R * ((D + 3) // 4)))                       # the generator's words stay in L2
     for start in range(0, len(table), block):
         part = table[start : start + block]
@@ -105,11 +100,9 @@ def _chain_tile(x, row, network, y, table, seed, first, base, clip, bound, stop)
             for l, (w, b) in enumerate(weights):
                 torch.addmm(b, h if l else phi, w, out=a[l])
                 torch.ops.aten.silu.out(a[l], out=h)
-            if fixed is None:
-                g_h = torch.addmm(b_out, h, w_out.T).softmax(1).neg_() @ w_out
-                g_h = g_h if some is None else torch.where(some, g_h, chosen)
-            else:
-                g_h = fixed
+            g_h = torch.addmm(b_out, h, w_out.T).softmax(1).neg_() @ w_out if free else chosen
+            if free and chosen is not None:
+                g_h = torch.where((y < 0)[:, None], g_h, chosen)
             for l in range(L, -1, -1):
                 torch.ops.aten.silu_backward.grad_input(g_h, a[l], grad_input=g)
                 g_h = torch.mm(g, back[l], out=h if l else g_phi)
@@ -158,15 +151,7 @@ def _chain_torch(x, network, coefficients, seed, y, first, base, clip, bound) ->
 
 
 def _step_torch(x, g, A, B, seed, step, clip, bound) -> Tensor:
-    new = torch.sub(x, g if clip is None else g.clamp(-clip, clip), alpha=A).contiguous()
-    if B:
-        flat, block = new.view(-1), 65536
-        step = torch.tensor([step & rng.MASK], device=x.device)
-        for i in range(0, len(flat), block):
-            part = flat[i : i + block]
-            groups = torch.arange(i // 4, (i + len(part) + 3) // 4, device=x.device)
-            z = rng.normal_block(groups, 4, step, seed, rng.STEP).flatten()[: len(part)]
-            part.add_(z.to(x.dtype), alpha=B)
+    new = diffusion._step_torch(x, g, (0.0, 1.0, -A, 1.0, B), seed, step, clip)    # g is its x_0
     return new if bound is None else new.clamp_(-bound, bound)
 
 
@@ -203,8 +188,8 @@ def langevin_kernel(x_ptr, y_ptr, waves_ptr, phases_ptr, w_in_ptr, b_in_ptr, w_h
                     FAST: tl.constexpr, RELOAD: tl.constexpr):
     """One program: BN chains through all steps. w_hidden and w_out fp16 (or fp32, then every product is fp32).
 
-    Padded to 16: waves (D, 16), its first D columns the identity and then F; phases (16,); w_in (H, 16); w_out (16, H) and
-    b_out (16,), -inf from C on. `reload` is 0 at run time: see diffusion.chain_kernel.
+    Padded to 16: waves (D, 16), its first D columns the identity and then F; phases (16,); w_in (H, 16); w_out (16, H)
+    and b_out (16,), -inf from C on. `reload` is 0 at run time: see diffusion.chain_kernel.
     """
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)        # [BN]
     cols = tl.arange(0, 16)                                             # [16]
@@ -283,7 +268,8 @@ def langevin_kernel(x_ptr, y_ptr, waves_ptr, phases_ptr, w_in_ptr, b_in_ptr, w_h
             g_x = tl.minimum(tl.maximum(g_x, -clip), clip)
         x -= tl.load(table_ptr + tl.cast(s, tl.int64) * 2) * g_x
         if NOISE:
-            x += tl.load(table_ptr + tl.cast(s, tl.int64) * 2 + 1) * normal_tile(k0, k1, rows, first + s, D, BN)
+            noise = tl.load(table_ptr + tl.cast(s, tl.int64) * 2 + 1)
+            x += noise * diffusion.normal_tile(k0, k1, rows, first + s, D, BN)
         if BOUND:
             x = tl.minimum(tl.maximum(x, -bound), bound)
     tl.store(out_ptr + at, x, mask=here)
@@ -341,7 +327,7 @@ def _chain_triton(x, network, coefficients, seed, y, first, base, clip, bound, n
                   precision=torch.float16, fast=None, reload=None) -> Tensor:
     frequencies, phases, w_in, b_in, w_hidden, b_hidden, w_out, b_out = (w.detach().float() for w in network)
     (N, D), H, L, C = x.shape, len(b_in), len(w_hidden), len(w_out)
-    waves = _padded(torch.cat([torch.eye(D, device=x.device), frequencies], 1), D, 16)
+    waves = _padded(torch.cat([torch.eye(D).to(frequencies), frequencies], 1), D, 16)
     phases = _padded(torch.cat([phases.new_zeros(D), phases]), 16)
     weights = _padded(w_in, H, 16), b_in.contiguous(), w_hidden.to(precision).contiguous(), b_hidden.contiguous()
     last = _padded(w_out, 16, H).to(precision), _padded(b_out, 16, value=-torch.inf)
@@ -372,18 +358,18 @@ def _step_triton(x, g, A, B, seed, step, clip, bound) -> Tensor:
 
 
 def _check_chain(x, network, coefficients, y):
-    if x.ndim != 2 or len(network) != 8 or network[0].ndim != 2 or network[2].ndim != 2 or network[6].ndim != 2:
+    if x.ndim != 2 or len(network) != 8 or any(network[i].ndim != 2 for i in (0, 2, 6)):
         raise ValueError(f"x (N, D) and a network of {', '.join(NAMES)} are wanted; got x {tuple(x.shape)} and "
                          f"{[tuple(w.shape) for w in network]}")
     (N, D), E, H, L, C = x.shape, network[0].shape[1], network[2].shape[0], len(network[4]), network[6].shape[0]
     want = ((D, E), (E,), (H, D + E), (H,), (L, H, H), (L, H), (C, H), (C,), (len(coefficients), 2), (N,))
-    have = (*network, coefficients, y if y is not None else torch.empty(N))
+    have = (*network, coefficients, x[:, 0] if y is None else y)
     for name, shape, tensor in zip((*NAMES, "coefficients", "y"), want, have):
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} for x {(N, D)}, {E} waves, {H} units, {L} hidden layers and {C} logits; "
-                             f"got {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be {shape} for x {(N, D)}, {E} waves, {H} units, {L} hidden layers and {C} "
+                             f"logits; got {tuple(tensor.shape)}")
     if y is not None and N and not -1 <= int(y.min()) <= int(y.max()) < C:
-        raise ValueError(f"classes must be -1 (the sum over all) or 0 .. {C - 1}; got {int(y.min())} .. {int(y.max())}")
+        raise ValueError(f"classes are 0 .. {C - 1}, or -1 for the sum; got {int(y.min())} .. {int(y.max())}")
 
 
 def langevin_chain(x, network, coefficients, seed, y=None, first=0, base=0.0, clip=None, bound=None) -> Tensor:
