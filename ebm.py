@@ -3,24 +3,24 @@
     p(x) = exp(-E(x)) / Z,    d/dtheta E_data[-log p] = E_data[dE/dtheta] - E_p[dE/dtheta]        [1] (1), (2)
     x' = x - eta grad E(x) + sqrt(2 eta T) z,   z ~ N(0, I):   p^(1/T) as eta -> 0                 Langevin, [2]
 
-Chains are kept from step to step [3] in a replay buffer [4], a few started anew each time. In the plane that new start is a
-Metropolis proposal: uniform noise takes a chain's place with probability min(1, exp(E(x) - E(noise))), so that chains reach
-every mode in its due share. Images have too many dimensions for it: there a share of them is replaced outright [4].
+Chains are kept from step to step [3] in a replay buffer [4], and some start anew. In the plane a start is a Metropolis
+proposal: uniform noise takes a chain's place with probability min(1, exp(E(x) - E(noise))), so that each mode gets its
+due share of the chains. Images have too many dimensions for that: a share of them is replaced outright [4].
 
 `--model`, all around one network of logits f(x):
   ebm        E(x) = -f(x), one logit [4]
   cond       E(x, y) = -f_y(x): a density of x for each class, chains that keep their class [4]
   jem        E(x) = -log sum_y exp f_y(x), so p(y | x) is the softmax: a classifier that is a density too [1]
-  jem++      jem; chains start from Gaussians fitted to the classes, take clipped steps, and reuse the gradient behind the
+  jem++      jem; chains start from Gaussians fitted to the classes, take clipped steps, and use the gradient behind the
              first layer for several of them [5]
 
 References
   [1] Grathwohl et al., Your Classifier is Secretly an Energy Based Model, arXiv 1912.03263
-  [2] Welling, Teh, Bayesian Learning via Stochastic Gradient Langevin Dynamics, ICML 2011; its (4) has eta = epsilon / 2
+  [2] Welling, Teh, Bayesian Learning via Stochastic Gradient Langevin Dynamics, ICML 2011, whose epsilon is 2 eta
   [3] Tieleman, Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient, ICML 2008
   [4] Du, Mordatch, Implicit Generation and Generalization in Energy-Based Models, arXiv 1903.08689
   [5] Yang, Ji, JEM++: Improved Techniques for Training JEM, arXiv 2109.09032
-  [6] Neal, MCMC using Hamiltonian dynamics, arXiv 1206.1901      [7] Neal, Annealed Importance Sampling, physics/9803008
+  [6] Neal, MCMC using Hamiltonian dynamics, arXiv 1206.1901     [7] Neal, Annealed Importance Sampling, physics/9803008
 
 Glossary
   paper        code            shape        meaning
@@ -33,7 +33,7 @@ Use
   python ebm.py --dataset gmm                          exact KL by quadrature; --model jem: and a classifier
   python ebm.py --model jem --dataset mnist            or persian, hoda; --model cond, jem++
 
-Not included: score matching, noise-contrastive estimation, batch normalisation, several chains in parallel over processes.
+Not included: score matching, noise-contrastive estimation, batch normalisation, chains spread over processes.
 """
 
 import copy
@@ -105,7 +105,7 @@ def mala_step(energy, x: Tensor, step: float, z: Tensor, u: Tensor):
 
 
 def leapfrog(energy, x: Tensor, p: Tensor, step: float, leaps: int) -> tuple[Tensor, Tensor]:
-    """Hamiltonian dynamics of E(x) + |p|^2 / 2: reversible, keeps volume, and the sum to second order. [6] (2.28)-(2.30)"""
+    """Hamiltonian dynamics of E(x) + |p|^2 / 2: reversible, keeps volume, and the sum to second order. [6] 2.3"""
     p = p - step / 2 * gradient(energy, x)
     for k in range(leaps):
         x = x + step * p
@@ -114,7 +114,7 @@ def leapfrog(energy, x: Tensor, p: Tensor, step: float, leaps: int) -> tuple[Ten
 
 
 def hmc_step(energy, x: Tensor, step: float, leaps: int, p: Tensor, u: Tensor):
-    """Leaps with a fresh momentum p ~ N(0, I), accepted or refused. Returns x and who moved (B,). [6] section 3.2"""
+    """Leaps with a fresh momentum p ~ N(0, I), accepted or refused. Returns x and who moved (B,). [6] 3.2"""
     y, q = leapfrog(energy, x, p, step, leaps)
     kinetic = (p.square() - q.square()).flatten(1).sum(1) / 2
     x, _, moved = metropolis(x, energy(x), y, energy(y), u, kinetic)
@@ -122,8 +122,8 @@ def hmc_step(energy, x: Tensor, step: float, leaps: int, p: Tensor, u: Tensor):
 
 
 def ais(energy, n: int, shape, betas: Tensor, scale: float = 1.0, step: float = 0.1, leaps: int = 5, device="cpu"):
-    """(n,) log weights whose mean exponential is Z without bias: from N(0, scale^2 I) over exp(-(1 - b) E_0 - b E) for b
-    in betas (0 .. 1), an HMC step at each. [7] (4), (11)"""
+    """(n,) log weights whose mean exponential is Z without bias: from N(0, scale^2 I), energy E_0, over the energies
+    (1 - b) E_0 + b E for b in betas (0 .. 1), an HMC step at each. [7]"""
     x, dims = scale * torch.randn(n, *shape, device=device), math.prod(shape)
     prior = lambda x: (x / scale).square().flatten(1).sum(1) / 2
     log_w = torch.full((n,), dims / 2 * math.log(2 * math.pi * scale**2), dtype=torch.float64, device=device)
@@ -136,7 +136,7 @@ def ais(energy, n: int, shape, betas: Tensor, scale: float = 1.0, step: float = 
 
 def fit_gaussians(x: Tensor, y: Tensor, classes: int, rank: int = 64, rows: int = 1000) -> tuple[Tensor, Tensor]:
     """Mean (C, d) and factor (C, r, d) of each class: its covariance is factor^T factor in the r widest directions, and
-    1e-4 I for the rest. [5] section 3.3, which keeps whole covariances"""
+    1e-4 I for the rest. [5] keeps whole covariances."""
     means, factors = [], []
     for k in range(classes):
         part = x[y == k][:rows].flatten(1)
@@ -155,9 +155,9 @@ def draw_gaussians(means: Tensor, factors: Tensor, y: Tensor, z: Tensor, e: Tens
 
 
 def trouble(gap: float, spread: float, kl: float | None = None, before: float = math.inf) -> str:
-    """What is wrong with a model whose data and chains differ by `gap` = E(data) - E(chains) in the mean, where energies
-    of data have the standard deviation `spread`; kl: its exact KL(p || p_theta) where that is known, and `before` what it
-    was untrained. "" if nothing is: neither a small gap nor finite numbers say that a model is good."""
+    """What is wrong with a model whose data and chains differ by `gap` = E(data) - E(chains) in the mean, where the
+    energies of data have the standard deviation `spread`; kl: its exact KL(p || p_theta) where that is known, and
+    `before` what it was untrained. "" if nothing is: a small gap alone does not say that a model is good."""
     if not (abs(gap) <= 5 * spread + 1 and (kl is None or kl <= before)):
         return (f"diverged: E(data) - E(chains) is {gap:.3g} where the energies of data spread by {spread:.3g}"
                 + ("" if kl is None else f", and the exact KL is {kl:.3g} nats")
@@ -224,16 +224,16 @@ class PointLogits(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """In the order of mlp_plain and of kernels.langevin_chain."""
-        return [self.frequencies, self.phases, self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.w_out, self.b_out]
+        return [self.frequencies, self.phases, self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.w_out,
+                self.b_out]
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp_plain(x, *self.weights())
 
 
 class ImageLogits(nn.Module):
-    """Images (B, C, H, W) -> (B, classes). Silu and no normalisation: an energy has a slope everywhere, and one chain does
-    not feel the others. Pixels are folded 2x2 into channels first: on a CPU twice as fast as to begin with large kernels.
-    `stem` is the first layer, `rest` all behind it."""
+    """Images (B, C, H, W) -> (B, classes). Silu and no normalisation: a slope everywhere, and no chain feels the others.
+    Pixels are folded 2x2 into channels first: on a CPU half the time. `first` is one layer, `rest` all others."""
 
     def __init__(self, shape, classes: int, width: int = 16):
         super().__init__()
@@ -270,8 +270,8 @@ class ReplayBuffer(nn.Module):
         order = torch.rand(self.classes, self.size, device=y.device).argsort(1)
         rank = (F.one_hot(y, self.classes).cumsum(0).gather(1, y[:, None]) - 1)[:, 0]     # the how-manieth of its class
         if int(rank.max()) >= self.size:
-            raise ValueError(f"a batch wants {int(rank.max()) + 1} chains of a class, the buffer has {self.size}: a larger "
-                             "--buffer or a smaller --batch")
+            raise ValueError(f"a batch wants {int(rank.max()) + 1} chains of a class and the buffer has {self.size}: "
+                             "take a larger --buffer or a smaller --batch")
         return y * self.size + order[y, rank]
 
 
@@ -292,7 +292,8 @@ class EBM(nn.Module):
         self.step, self.noise = step, noise or math.sqrt(2 * step * temperature)
         self.temperature = effective_temperature(step, self.noise)
         self.chain, self.inner, self.reinit, self.jumps = chain, inner, reinit, jumps if self.points else 0
-        self.init, self.clip, self.base, self.l2, self.data_noise = init or self.start, clip or None, base, l2, data_noise
+        self.init, self.clip, self.base = init or self.start, clip or None, base
+        self.l2, self.data_noise = l2, data_noise
         self.bound = 3.0 if self.points else 1.0
         self.network = (PointLogits(shape[0], self.classes, width, depth, octaves) if self.points
                         else ImageLogits(shape, self.classes, channels))
@@ -326,10 +327,10 @@ class EBM(nn.Module):
         return self.uniform(len(y), y)
 
     @torch.no_grad()
-    def jump(self, x: Tensor, y: Tensor | None = None, tries: int | None = None) -> Tensor:
+    def jump(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Uniform proposals, each taken or refused by Metropolis at the temperature of the chain."""
         e = self.energy(x, y) / self.temperature
-        for _ in range(self.jumps if tries is None else tries):
+        for _ in range(self.jumps):
             proposal = self.uniform(len(x), x)
             e_new = self.energy(proposal, y) / self.temperature
             x, e, _ = metropolis(x, e, proposal, e_new, torch.rand(len(x), device=x.device))
@@ -345,13 +346,12 @@ class EBM(nn.Module):
                 return chain(x, self.network.weights(), table, seed, y, base=self.base, **limits)
         update, x = fused("langevin_step", langevin_step_plain), x.detach()
         for k, (step, noise) in enumerate(table.tolist()):
-            if k % self.inner == 0 and self.inner > 1:      # the gradient behind the first layer, kept for `inner` steps
+            if k % self.inner == 0 and self.inner > 1:      # the gradient behind the first layer, for `inner` steps
                 with torch.no_grad():
                     h = self.network.first(x)
                 behind = gradient(lambda h: energy_of(self.network.rest(h), y), h)
-            energy = (lambda x: energy_of(self.network(x), y)) if self.inner == 1 else (
-                lambda x: behind * self.network.first(x))
-            g = gradient(energy, x)
+            g = (gradient(lambda x: energy_of(self.network(x), y), x) if self.inner == 1
+                 else gradient(lambda x, behind=behind: behind * self.network.first(x), x))
             with torch.no_grad():
                 x = update(x, g, step, noise, seed, k, **limits)
         return x
@@ -369,12 +369,11 @@ class EBM(nn.Module):
         return x
 
     @torch.no_grad()
-    def sample(self, n: int, steps: int, y: Tensor | None = None, x: Tensor | None = None, hot: float = 1.0, parts: int = 1):
-        """A generator of parts + 1 states (n, *shape) of chains: fresh ones, unless x is given, of the classes y if given.
-        The noise falls exponentially from `hot` times its size. In the plane they jump too, every `chain` steps."""
-        device = self.buffer.chains.device
-        given = torch.zeros(n, dtype=torch.long, device=device) if y is None else y
-        x = self.fresh(given) if x is None else x
+    def sample(self, n: int, steps: int, y=None, x=None, hot: float = 1.0, parts: int = 1):
+        """A generator of parts + 1 states (n, *shape) of chains: fresh ones unless x is given, of the classes y (n,) if
+        given. The noise falls exponentially from `hot` times its size. In the plane they jump, every `chain` steps."""
+        start = torch.zeros(n, dtype=torch.long, device=self.buffer.chains.device) if y is None else y
+        x = self.fresh(start) if x is None else x
         noises, k = annealed(hot * self.noise, self.noise, steps), 0
         yield x
         for part in range(1, parts + 1):
@@ -399,7 +398,7 @@ class EBM(nn.Module):
         held = self.base / 2 * torch.cat([x, fake]).square().sum(1) if self.points else 0
         e, e_fake = (energy_of(logits, labels) + held).chunk(2)
         gap, spread = e.mean() - e_fake.mean(), e.std()
-        loss = gap + self.l2 * (e.square().mean() + e_fake.square().mean()) if self.l2 else gap         # [4] (5)
+        loss = gap + self.l2 * (e.square().mean() + e_fake.square().mean()) if self.l2 else gap         # [4]
         row = {"loss": loss, "gap": gap, "spread": spread, "energy": e.mean()}
         return self.extra(row, real_logits, y)
 
@@ -435,8 +434,8 @@ MODELS = {"ebm": EBM, "cond": Conditional, "jem": JEM, "jem++": JEMPlus}
 
 
 def train(model: EBM, average: EBM, optimizer, batches, steps: int, lr: float, start: int = 0, decay: float = 0.99):
-    """Persistent contrastive divergence [3], with a warm-up, a cosine to zero and a moving average of the weights, which
-    is what one samples; the chains follow the weights themselves."""
+    """Persistent contrastive divergence [3], with a warm-up, a cosine to zero and a moving average of the weights to be
+    sampled; the chains follow the weights themselves."""
     weights, averages = list(model.network.parameters()), list(average.network.parameters())
     batches = (batch if isinstance(batch, (tuple, list)) else (batch,) for batch in batches)
     for step in range(start, steps):
@@ -460,6 +459,18 @@ def watch(rows, number, start: int, every: int):
         if step % every == 0:
             value = torch.as_tensor(float(number()))
         yield row | {"kl": value}
+
+
+def compare(model: EBM, truth, n: int, steps: int) -> dict[str, Tensor]:
+    """Samples by where chains start and what noise they begin with: {"noise, hot 1": (n, *shape), ...}."""
+    kept = model.buffer.chains[torch.randperm(len(model.buffer.chains))[:n]]
+    starts = {"noise": model.uniform(n, kept), "data": truth.sample(n).to(kept.device), "buffer": kept}
+    if model.init == "gaussians":
+        y = torch.randint(model.classes, (n,), device=kept.device)
+        starts["gaussians"] = model.fresh(y)
+    runs = {f"{name}, hot {hot:g}": list(model.sample(len(x), steps, x=x, hot=hot))[-1].cpu()
+            for name, x in starts.items() for hot in (1.0, 10.0)}
+    return {f"{name}, as it is": x.cpu() for name, x in starts.items()} | runs
 
 
 def build(config: dict, shape, classes) -> EBM:
@@ -492,13 +503,13 @@ def main():
                   "jumps": (4, "Metropolis proposals of noise a draw, for points"),
                   "init": ("", "where chains start; default: noise, jem++ gaussians",
                            ["", "noise", "data", "gaussians"]),
-                  "clip": (0.0, "of each gradient's coordinate, 0: none"), "l2": (0.0, "weight of the squared energies"),
+                  "clip": (0.0, "of each gradient's coordinate, 0: none"), "l2": (0.0, "weight of squared energies"),
                   "limit": (0.0, "of the norm of the weights' gradient, 0: none"),
                   "data_noise": (0.0, "added to the data"), "base": (0.25, "of base |x|^2 / 2, for points"),
                   "decay": (0.99, "of the average of the weights"), "size": (0, "of images; 0 keeps theirs")},
         sampling={"sample_steps": (300, "of fresh chains"), "hot": (1.0, "their first noise over their last"),
                   "compare": (False, "a table of starts and noise schedules")},
-        images={"steps": 3000, "batch": 64, "lr": 5e-4, "step": 10.0, "temperature": 5e-6, "chain": 20, "buffer": 2000,
+        images={"steps": 3000, "batch": 64, "lr": 2e-3, "step": 10.0, "temperature": 5e-6, "chain": 10, "buffer": 2000,
                 "reinit": 0.05, "l2": 0.1, "clip": 0.03, "limit": 1.0, "data_noise": 0.03, "samples": 500,
                 "decay": 0.995, "sample_steps": 500})
     with run.Run(args) as job:
@@ -555,18 +566,19 @@ def main():
         kept = average.buffer.chains.cpu()
         if points:
             results, samples = job.judge(samples, truth)
-            results["buffer_klh"] = metrics.metric(metrics.klh(kept, truth), metrics.klh(truth.sample(len(kept)), truth),
-                                                   "nats")
+            of_buffer = (metrics.klh(x, truth) for x in (kept, truth.sample(len(kept))))
+            results["buffer_klh"] = metrics.metric(*of_buffer, "nats")
             if model.conditional:
-                laws = [(lambda x, k=k: average.energy(x, torch.full((len(x),), k, device=x.device)), truth.condition(k))
-                        for k in range(truth.classes)]
-                results["kl"] = metrics.metric(sum(kl(*law, 2) for law in laws) / len(laws), 0, "nats")
+                of_class = lambda k: lambda x: average.energy(x, torch.full((len(x),), k, device=x.device))
+                each = [kl(of_class(k), truth.condition(k), 2) for k in range(truth.classes)]
+                results["kl"] = metrics.metric(sum(each) / len(each), 0, "nats")
             else:
                 results["kl"] = metrics.metric(kl(average.energy, truth, 2), 0, "nats")
                 with torch.no_grad():
-                    weights = ais(average.energy, 1000, truth.shape, annealed(1e-3, 1, 100), 2.0, 0.05, device=job.device)
-                estimate = float(weights.logsumexp(0)) - math.log(len(weights))
-                results["log_z"] = metrics.metric(estimate, log_z(average.energy, 8.0, 8 * cells // 6, job.device), "nats")
+                    betas = torch.cat([torch.zeros(1), annealed(1e-3, 1, 99)])
+                    weights = ais(average.energy, 1000, truth.shape, betas, 2.0, 0.05, device=job.device)
+                exact = log_z(average.energy, 8.0, 2 * cells, job.device)
+                results["log_z"] = metrics.metric(weights.logsumexp(0) - math.log(1000), exact, "nats")
             found = trouble(0.0, 1.0, results["kl"]["value"]) or found
             metrics.landscape_picture(job.folder / "landscape.png", average.energy, truth, seen[0], job.device)
         else:
@@ -574,7 +586,8 @@ def main():
         others = None
         if not points and truth.shape == (1, 28, 28):       # another alphabet
             others = data.load("latin" if args.dataset in ("persian", "hoda") else "persian")
-        results, samples = judges.energies(average, truth, samples, kept, results, others)
+        compared = compare(average, truth, min(n, 2000), args.sample_steps) if args.compare else {}
+        results, samples = judges.energies(average, truth, samples, kept, results, others, compared, job.folder)
         if found:
             print(found)
         job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames,

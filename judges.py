@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import frechet, grid_picture, metric, sliced_w2
+from metrics import frechet, grid_picture, klh, metric, sliced_w2
 
 # ---- scores in any features
 
@@ -353,7 +353,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def energies(model, truth, samples: Tensor, kept: Tensor, results: dict, others=None):
+def energies(model, truth, samples: Tensor, kept: Tensor, results: dict, others=None, compared=None, folder=None):
     """(metrics, samples): those of images for fresh chains, and some for the chains of the buffer, called buffer_...
 
     label_agreement        chains of a class that are read as it
@@ -361,7 +361,8 @@ def energies(model, truth, samples: Tensor, kept: Tensor, results: dict, others=
     calibration_error      of it
     auroc_noise, auroc_set, auroc_confidence
                            held-out data against uniform noise and against another set, told by -E(x); and against that
-                           set by the largest class probability instead"""
+                           set by the largest class probability instead
+    Samples of several kinds, `compared`, make a table, compare.md."""
     points, device = hasattr(truth, "log_prob"), next(model.parameters()).device
     out, reader = dict(results), None
     in_parts = lambda f, x: torch.cat([f(part.to(device)).cpu() for part in x.split(1000)])
@@ -395,4 +396,12 @@ def energies(model, truth, samples: Tensor, kept: Tensor, results: dict, others=
             if model.labels:
                 sure = lambda x: in_parts(lambda x: model.network(x).softmax(1).amax(1), x)
                 out["auroc_confidence"] = metric(auroc(sure(x), sure(other)), None, "share", "higher")
+    if compared:
+        score = (lambda x: {"klh": klh(x, truth)}) if points else lambda x: {
+            k: v["value"] for k, v in images(truth.unscale(x), truth, classifier=reader).items()}
+        rows = {name: score(x) for name, x in compared.items()}
+        names = list(next(iter(rows.values())))
+        lines = [["chains", *names], ["---"] * (1 + len(names))]
+        lines += [[name, *[f"{row[n]:.3g}" for n in names]] for name, row in rows.items()]
+        (folder / "compare.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
     return out, samples
