@@ -232,7 +232,7 @@ class PointLogits(nn.Module):
 
 
 class ImageLogits(nn.Module):
-    """Images (B, C, H, W) -> (B, classes). Silu and no normalisation: a slope everywhere, and no chain feels the others.
+    """Images (B, C, H, W) -> (B, classes). Silu and no normalisation: a slope everywhere, and no chain feels another.
     Pixels are folded 2x2 into channels first: on a CPU half the time. `first` is one layer, `rest` all others."""
 
     def __init__(self, shape, classes: int, width: int = 16):
