@@ -511,7 +511,7 @@ def main():
                   "compare": (False, "a table of starts and noise schedules")},
         images={"steps": 3000, "batch": 64, "lr": 2e-3, "step": 10.0, "temperature": 5e-6, "chain": 10, "buffer": 2000,
                 "reinit": 0.05, "l2": 0.1, "clip": 0.03, "limit": 1.0, "data_noise": 0.03, "samples": 500,
-                "decay": 0.995, "sample_steps": 500})
+                "decay": 0.995, "sample_steps": 500, "jem++": {"chain": 5, "inner": 2}})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)

