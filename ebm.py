@@ -480,6 +480,8 @@ def build(config: dict, shape, classes) -> EBM:
         raise ValueError(f"{config['model']} learns from labels, and {config['dataset']} has none; use --model ebm")
     if config["init"] == "gaussians" and not member.labels:
         raise ValueError("Gaussians are fitted to classes: --init gaussians is for --model cond, jem and jem++")
+    if not (config["step"] > 0 and config["noise"] + config["temperature"] > 0):
+        raise ValueError("a chain needs a step and noise: --step, and --temperature or --noise, must be above 0")
     options = {name: config[name] for name in inspect.signature(member).parameters if name in config}
     return member(shape, classes or 1, **options)
 

@@ -536,7 +536,7 @@ def test_the_watch_takes_its_number_now_and_then():                     # at eac
 
 
 def test_options_that_cannot_be():
-    config = {"model": "jem", "dataset": "checkerboard", "init": ""}
+    config = {"model": "jem", "dataset": "checkerboard", "init": "", "step": 0.1, "temperature": 1.0, "noise": 0.0}
     with pytest.raises(ValueError, match="checkerboard has none"):
         ebm.build(config, (2,), None)
     with pytest.raises(ValueError, match="Gaussians are fitted to classes"):
@@ -634,7 +634,8 @@ def test_resume_is_bit_for_bit(cli, quick, tmp_path, monkeypatch, name, dataset)
 @pytest.mark.parametrize("options, words", [
     (["--model", "jem", "--dataset", "checkerboard"], "checkerboard has none"), (["--init", "gaussians"], "Gaussians are fitted"),
     (["--batch", "2000"], "2000 chains of a class and the buffer has 1024"), (["--temperature", "-1"], "0 or more"),
-    (["--model", "boltzmann"], "boltzmann"), (["--chain", "0"], "at least 1"), (["--step", "nan"], "0 or more"), (["--step", "0"], "above 0")])
+    (["--model", "boltzmann"], "boltzmann"), (["--chain", "0"], "at least 1"), (["--step", "nan"], "0 or more"), (["--step", "0"], "must be above 0"),
+    (["--temperature", "0"], "must be above 0")])
 def test_bad_input_gets_a_sentence(cli, options, words):
     status, error, _ = cli(ebm, *options)
     assert status == 2 and words in error and "Traceback" not in error
