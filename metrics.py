@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 # ratios to the floor mean nothing here: zero is not a perfect score, or the floor itself scatters about zero
-OFFSETS = {"cross_entropy", "nll", "bits_per_dim", "elbo", "energy_distance", "log_z"}
+OFFSETS = {"cross_entropy", "nll", "bits_per_dim", "elbo", "energy_distance", "log_z", "calibration_error"}
 
 
 def metric(value, floor=None, unit: str = "", better: str = "lower") -> dict:

@@ -331,7 +331,8 @@ def _chain_triton(x, network, coefficients, seed, y, first, base, clip, bound, n
     phases = _padded(torch.cat([phases.new_zeros(D), phases]), 16)
     weights = _padded(w_in, H, 16), b_in.contiguous(), w_hidden.to(precision).contiguous(), b_hidden.contiguous()
     last = _padded(w_out, 16, H).to(precision), _padded(b_out, 16, value=-torch.inf)
-    x, table, labels = x.contiguous(), coefficients.float().contiguous(), x if y is None else y.contiguous()
+    table, labels = coefficients.float().to(x.device).contiguous(), x if y is None else y.contiguous()
+    x = x.contiguous()
     out, config = torch.empty_like(x), _config_for(x, H, L)
     if reload is not None:
         config["RELOAD"] = reload
