@@ -280,7 +280,7 @@ class EBM(nn.Module):
     [-1, 1]. The options are those of main()."""
 
     labels, conditional, start = False, False, "noise"
-    share, limit = slice(None), 0.0                         # rows of the global batch that count here; of the gradient
+    share, limit, steps = slice(None), 0.0, 300             # rows that count here; of the gradient; of a fresh chain
 
     def __init__(self, shape, classes: int = 1, width: int = 128, depth: int = 2, octaves: int = 3, channels: int = 16,
                  step: float = 1e-3, temperature: float = 1.0, noise: float = 0.0, chain: int = 5, inner: int = 1,
@@ -409,9 +409,9 @@ class EBM(nn.Module):
 class Conditional(EBM):
     labels, conditional = True, True
 
-    def of_class(self, y: Tensor, steps: int = 1000) -> Tensor:
+    def of_class(self, y: Tensor) -> Tensor:
         """Fresh chains of the classes y (B,)."""
-        *_, x = self.sample(len(y), steps, y)
+        *_, x = self.sample(len(y), self.steps, y)
         return x
 
 
@@ -523,7 +523,7 @@ def main():
         print(f"Langevin with step {model.step:g} and noise {model.noise:.3g}: the chains sample exp(-E / T), "
               f"T = {model.temperature:.3g}")
         average = copy.deepcopy(model).requires_grad_(False)
-        average.buffer, found, frames = model.buffer, "", {}
+        average.buffer, average.steps, found = model.buffer, args.sample_steps, ""
         cells = math.ceil(12 / getattr(truth, "std", 0.08))
 
         def kl(energy, law, fine=1, half_width=6.0):        # of energies that are 0 at most 1 - 1e-2 outside: infinite
