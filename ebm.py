@@ -73,8 +73,8 @@ def gradient(energy, x: Tensor) -> Tensor:
 def sgld_step(x: Tensor, g: Tensor, step: float, noise: float, z: Tensor, clip=None, bound=None) -> Tensor:
     """x - step g + noise z, with g clipped to [-clip, clip] (proximal: no coordinate descends more than step clip, [5])
     and the result kept in [-bound, bound]."""
-    x = x - step * (g if clip is None else g.clamp(-clip, clip)) + noise * z
-    return x if bound is None else x.clamp(-bound, bound)
+    x = torch.sub(x, g if clip is None else g.clamp(-clip, clip), alpha=step).add_(z, alpha=noise)
+    return x if bound is None else x.clamp_(-bound, bound)
 
 
 def effective_temperature(step: float, noise: float) -> float:
@@ -182,8 +182,8 @@ def langevin_chain_plain(x, network, coefficients, seed, y=None, first=0, base=0
 
 
 def langevin_step_plain(x, g, step, noise, seed, number, clip=None, bound=None):
-    generator = torch.Generator(x.device).manual_seed((seed + number) % 2**63)
-    return sgld_step(x, g, step, noise, torch.empty_like(x).normal_(generator=generator), clip, bound)
+    z = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed((seed + number) % 2**63))
+    return sgld_step(x, g, step, noise, z, clip, bound)
 
 
 def fused(name, plain):
@@ -344,7 +344,8 @@ class EBM(nn.Module):
             chain = fused("langevin_chain", langevin_chain_plain)
             with torch.no_grad():
                 return chain(x, self.network.weights(), table, seed, y, base=self.base, **limits)
-        update, x = fused("langevin_step", langevin_step_plain), x.detach()
+        plain, x = langevin_step_plain, x.detach()
+        update = fused("langevin_step", plain) if x.is_cuda else plain  # of normals: a CPU has torch's for less
         for k, (step, noise) in enumerate(table.tolist()):
             if k % self.inner == 0 and self.inner > 1:      # the gradient behind the first layer, for `inner` steps
                 with torch.no_grad():
@@ -583,10 +584,8 @@ def main():
                 results["log_z"] = metrics.metric(weights.logsumexp(0) - math.log(1000), exact, "nats")
             found = trouble(0.0, 1.0, results["kl"]["value"]) or found
             metrics.landscape_picture(job.folder / "landscape.png", average.energy, truth, seen[0], job.device)
-        else:
-            results = {}
-        others = None
-        if not points and truth.shape == (1, 28, 28):       # another alphabet
+        others, results = None, results if points else {}
+        if truth.shape == (1, 28, 28):                      # another alphabet
             others = data.load("latin" if args.dataset in ("persian", "hoda") else "persian")
         compared = compare(average, truth, min(n, 2000), args.sample_steps) if args.compare else {}
         results, samples = judges.energies(average, truth, samples, kept, results, others, compared, job.folder)
