@@ -484,8 +484,8 @@ def test_a_constant_in_the_energy_is_seen_by_the_penalty_alone(monkeypatch):    
             model.network.b_out.sub_(2.0)
         after = model.loss((x,))
         e, e_fake = (model.energy(v) - 2 for v in (x, fake))
-        before, later = ((v + shift for v in (e, e_fake)) for shift in (0, 2))
-        close(after["loss"] - row["loss"], l2 * (sum(v.square().mean() for v in later) - sum(v.square().mean() for v in before)))
+        squares = [sum((v + shift).square().mean() for v in (e, e_fake)) for shift in (0, 2)]
+        close(after["loss"] - row["loss"], l2 * (squares[1] - squares[0]))
         close(after["gap"], row["gap"])
         close(row["gap"], e.mean() - e_fake.mean())
         close(row["spread"], e.std())
