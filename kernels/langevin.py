@@ -303,8 +303,9 @@ def langevin_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
     """How to launch langevin_kernel with `shared` bytes of shared memory a block to be had; None if it cannot be."""
     if H not in (16, 32, 64, 128) or L * H > 256:
         return None
-    reload = 2 * L * H * H + 24_576 > shared or (amd and H > 64)
-    if reload and 2 * H * H + 24_576 > shared:
+    layer = 2 * H * H * (1 if amd or shared > 200_000 else 2)           # before sm_90 the way back has a copy of its own
+    reload = L * layer + 24_576 > shared or (amd and H > 64)
+    if reload and layer + 24_576 > shared:
         return None
     return dict(BN=64, RELOAD=reload, num_warps=4, num_stages=1)
 
@@ -332,8 +333,7 @@ def _chain_triton(x, network, coefficients, seed, y, first, base, clip, bound, n
     weights = _padded(w_in, H, 16), b_in.contiguous(), w_hidden.to(precision).contiguous(), b_hidden.contiguous()
     last = _padded(w_out, 16, H).to(precision), _padded(b_out, 16, value=-torch.inf)
     table, labels = coefficients.float().to(x.device).contiguous(), x if y is None else y.contiguous()
-    x = x.contiguous()
-    out, config = torch.empty_like(x), _config_for(x, H, L)
+    out, config = torch.empty_like(x := x.contiguous()), _config_for(x, H, L)
     if reload is not None:
         config["RELOAD"] = reload
     fast = not (INTERPRET or AMD) if fast is None else fast
