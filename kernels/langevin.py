@@ -303,7 +303,7 @@ def langevin_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
     """How to launch langevin_kernel with `shared` bytes of shared memory a block to be had; None if it cannot be."""
     if H not in (16, 32, 64, 128) or L * H > 256:
         return None
-    layer = 2 * H * H * (1 if amd or shared > 200_000 else 2)           # before sm_90 the way back has a copy of its own
+    layer = 2 * H * H * (1 if amd or shared > 200_000 else 2)           # before sm_90 W^T is a copy
     reload = L * layer + 24_576 > shared or (amd and H > 64)
     if reload and layer + 24_576 > shared:
         return None
