@@ -129,17 +129,7 @@ def draw_network(shape, latent: int, width: int, network: str) -> nn.Sequential:
     for k in range(len(sides) - 1, 0, -1):
         layers += [nn.BatchNorm2d(channels[k]), nn.ReLU(True)]
         layers += [nn.ConvTranspose2d(channels[k], channels[k - 1], 4, 2, 1, tuple(n % 2 for n in sides[k - 1]))]
-    return nn.Sequential(*layers, nn.Tanh()).to(memory_format=torch.channels_last)     # half the time on a CPU
-
-
-class ThinConv(nn.Conv2d):
-    """4 x 4, stride 2, padding 1. Unfolded where x needs its gradient, which a CPU has in a fifth of the time."""
-
-    def forward(self, x):
-        if x.requires_grad and not x.is_cuda:
-            out = self.weight.flatten(1) @ F.unfold(x, 4, 1, 1, 2) + self.bias[:, None]
-            return out.unflatten(2, [n // 2 for n in x.shape[2:]])
-        return super().forward(x)
+    return nn.Sequential(*layers, nn.Tanh())
 
 
 def read_network(shape, width: int, network: str, norm=None, most: int = 4) -> tuple[nn.Sequential, int]:
@@ -150,10 +140,8 @@ def read_network(shape, width: int, network: str, norm=None, most: int = 4) -> t
     sides, channels = ladder(shape, width, most)
     layers = []
     for k, (i, o) in enumerate(zip(channels, channels[1:])):
-        layers += [(nn.Conv2d if k else ThinConv)(i, o, 4, 2, 1), *([norm(o)] if norm and k else [])]
-        layers += [nn.LeakyReLU(0.2, True)]
-    body = nn.Sequential(*layers, nn.Flatten()).to(memory_format=torch.channels_last)
-    return body, channels[-1] * math.prod(sides[-1])
+        layers += [nn.Conv2d(i, o, 4, 2, 1), *([norm(o)] if norm and k else []), nn.LeakyReLU(0.2, True)]
+    return nn.Sequential(*layers, nn.Flatten()), channels[-1] * math.prod(sides[-1])
 
 
 class Discriminator(nn.Module):
@@ -163,7 +151,7 @@ class Discriminator(nn.Module):
     def __init__(self, shape, width: int, network: str, norm=None, classes: int = 0, joint: int = 0):
         super().__init__()
         self.body, features = read_network(shape, width, network, norm)
-        self.head = dense(features + joint, 1, 4 * width) if joint else nn.Linear(features, 1)
+        self.head = dense(features + joint, 1, min(features, 4 * width)) if joint else nn.Linear(features, 1)
         self.classes = nn.Embedding(classes, features) if classes else None
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
@@ -218,7 +206,7 @@ class StyleConv(nn.Module):
 
 class StyleGenerator(nn.Module):
     """z -> w by the mapping; a learned constant grows into the image under a style for each layer, and each resolution
-    adds its colours. Two layers a resolution, with noise of their own. [9] figures 2 (c) and 7 (b)"""
+    adds its colours. Two layers a resolution, with noise of their own. The mapping of [9] has 8. [9] figures 2, 7"""
 
     def __init__(self, shape, latent: int, width: int, mapping: int = 2, slow: float = 0.01):
         super().__init__()
@@ -286,6 +274,7 @@ class GAN(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         self.__dict__.update(self.options | options, shape=tuple(shape), latent=latent)
         self.networks(width, network)
+        self.to(memory_format=torch.channels_last)          # two thirds of the time on a CPU
 
     def networks(self, width: int, network: str):
         self.generator = draw_network(self.shape, self.latent, width, network)
@@ -361,17 +350,25 @@ class WGANGP(GAN):
 
 
 class BiGAN(GAN):
-    """[5]: at the optimum E inverts G. To D pairs with E are real; G and E want both judged the other way round."""
+    """[5]: at the optimum E inverts G. To D pairs with E are real; G and E want both judged the other way round.
+    Not in [5]: codes are normalised as the prior is, and D has R1 [10]; without, codes go far away and D knows them."""
+
+    options = {"penalty": 1.0}
 
     def networks(self, width, network):
         super().networks(width, network)
         body, features = read_network(self.shape, width, network)
-        self.encoder = nn.Sequential(body, nn.Linear(features, self.latent))
+        self.encoder = nn.Sequential(body, nn.Linear(features, self.latent), nn.BatchNorm1d(self.latent, affine=False))
         self.discriminator = Discriminator(self.shape, width, network, joint=self.latent)
 
     def examples(self, batch):
         z = self.draw(torch.randn, len(batch[0]), self.latent)
         return (*batch, self.encoder(*batch)), (self.generator(z), z)
+
+    def d_loss(self, real, fake, step=0):
+        row, pairs = super().d_loss(real, fake), torch.cat([v.flatten(1) for v in real], 1)
+        score = lambda p: self.discriminator(p[:, :-self.latent].unflatten(1, self.shape), p[:, -self.latent:])
+        return {"d_loss": row["d_loss"] + self.penalty * r1_penalty(score, pairs)}
 
     def g_loss(self, real, fake, step=0):
         return {"g_loss": self.losses[0](*self.judge(real, fake)[::-1])}
@@ -467,7 +464,6 @@ class StyleGAN(GAN):
         self.generator = StyleGenerator(self.shape, self.latent, width)
         self.discriminator = StyleDiscriminator(self.shape, width)
         self.register_buffer("mean_length", torch.zeros(()))
-        self.to(memory_format=torch.channels_last)          # two thirds of the time on a CPU
 
     def mix(self, w_1: Tensor, w_2: Tensor, cut: Tensor) -> Tensor:
         """(B, L, W): the style w_1 (B, W) in the first cut (B,) layers, w_2 in the others."""
@@ -514,7 +510,9 @@ MODELS = {"gan": GAN, "dcgan": DCGAN, "wgan": WGAN, "wgan-gp": WGANGP, "bigan": 
 def train(model: GAN, average: GAN, optimizers, batches, steps: int, lr: float, start: int = 0, decay: float = 0.999):
     """[1] Algorithm 1, but G's step takes the fakes of D's last; the rate falls to zero over the second half."""
     batches = (tuple(part[model.share] for part in (b if isinstance(b, tuple) else (b,))) for b in batches)
-    averages, (d_weights, weights), row = average.parts()[1], model.parts(), {}
+    (d_weights, weights), row = model.parts(), {}
+    moving = lambda gan: gan.parts()[1] + [b for b in gan.buffers() if b.is_floating_point()]     # statistics too
+    averages, averaged = moving(average), moving(model)
 
     def descend(losses, optimizer, parameters, slope):
         optimizer.zero_grad()
@@ -531,15 +529,13 @@ def train(model: GAN, average: GAN, optimizers, batches, steps: int, lr: float, 
             descend(model.d_loss(real, fake, step), optimizers[0], d_weights, "d_slope")
         descend(model.g_loss(real, fake, step), optimizers[1], weights, "g_slope")
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
-            for mine, theirs in zip(average.generator.buffers(), model.generator.buffers()):
-                mine.copy_(theirs)
+            torch._foreach_lerp_(averages, averaged, 1 - min(decay, (1 + step) / (10 + step)))
         yield {name: value.detach() for name, value in row.items()}
 
 
 def build(config: dict, shape, classes, points: bool) -> GAN:
     """The model that the options of a run, or of a checkpoint, describe."""
-    member, auto = MODELS[config["model"]], "mlp" if points or config["model"] == "bigan" else "conv"
+    member, auto = MODELS[config["model"]], "mlp" if points else "conv"
     network = auto if config["network"] == "auto" else config["network"]
     if points and (network == "conv" or member in (DCGAN, CycleGAN, StyleGAN)):
         raise ValueError(f"points have no pixels: {config['model']} with --network {network} is for images")
@@ -558,16 +554,16 @@ def main():
         __doc__, MODELS, model="wgan-gp", steps=5000, batch=256, lr=2e-3,
         training={"latent": (16, "dimensions of z"), "width": (128, "of MLPs"), "channels": (32, "of convolutions"),
                   "network": ("auto", "of both", ["auto", "mlp", "conv"]), "size": (0, "of images; 0 keeps theirs"),
-                  "penalty": (0.1, "weight of the slope's penalty (wgan-gp), of R1 (stylegan)"),
+                  "penalty": (0.1, "weight of the slope's penalty (wgan-gp), of R1 (bigan, stylegan)"),
                   "clip": (0.01, "bound of weights (wgan)"), "path": (0.0, "weight of path lengths (stylegan)"),
                   "condition": ("projection", "where D reads the class (cgan)", ["projection", "planes"]),
                   "attribute": ("", "that the second set has and the first has not (cyclegan); default: the label"),
                   "decay": (0.999, "of the moving average of G"), "critic_steps": (1, "for one of G (wgan, wgan-gp)")},
         sampling={"psi": (1.0, "truncation (stylegan)"), "fid": (False, "a Frechet distance by Inception as well")},
         images={"grid": {"latent": 2, "steps": 15_000}, "steps": 4000, "batch": 64, "lr": 1e-3, "latent": 64,
-                "width": 400, "samples": 1000, "penalty": 10.0, "cyclegan": {"lr": 2e-4, "batch": 8, "size": 32},
-                "stylegan": {"lr": 2e-3, "batch": 16, "penalty": 1.0}, "wgan": {"lr": 5e-4, "critic_steps": 2},
-                "bigan": {"lr": 2e-4}})
+                "samples": 1000, "penalty": 10.0, "cyclegan": {"lr": 2e-4, "batch": 4, "channels": 16, "size": 32},
+                "wgan": {"lr": 5e-4, "critic_steps": 2}, "bigan": {"steps": 2500, "decay": 0.99, "penalty": 1.0},
+                "width": 400, "stylegan": {"lr": 4e-3, "batch": 32, "channels": 16, "penalty": 1.0, "steps": 8000}})
     with run.Run(args) as job:
         options = dict(size=args.size or None, download=args.download, skip_bad=args.skip_bad)
         source, truth = (data.domains(args.dataset, args.data_dir, args.attribute, **options)

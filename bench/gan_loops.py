@@ -83,8 +83,6 @@ def main():
         torch.manual_seed(0)
         model = gan.MODELS[name](truth.shape, 64, 32, "conv")
         same = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        for layer in same.modules():                        # torch's own, of the same weights
-            layer.__class__ = nn.Conv2d if isinstance(layer, gan.ThinConv) else layer.__class__
         loops = {"ours": ours(model, truth, args.batch, 2e-4), "plain": plain(same, loader, 2e-4, 64)}
         each, rates = args.batch * (1 if name == "dcgan" else 5), {k: [] for k in loops}
         for turn in range(args.turns + 1):                  # the first warms up
