@@ -158,7 +158,7 @@ def trouble(gap: float, spread: float, kl: float | None = None, before: float = 
     """What is wrong with a model whose data and chains differ by `gap` = E(data) - E(chains) in the mean, where the
     energies of data have the standard deviation `spread`; kl: its exact KL(p || p_theta) where that is known, and
     `before` what it was untrained. "" if nothing is: a small gap alone does not say that a model is good."""
-    if not (abs(gap) <= 5 * spread + 1 and (kl is None or kl <= before)):
+    if not (abs(gap) <= 5 * spread + 1 and (kl is None or kl <= before and kl < math.inf)):
         return (f"diverged: E(data) - E(chains) is {gap:.3g} where the energies of data spread by {spread:.3g}"
                 + ("" if kl is None else f", and the exact KL is {kl:.3g} nats")
                 + "; a lower --step or --lr, or a larger --l2, may help")

@@ -642,7 +642,7 @@ def test_bad_input_gets_a_sentence(cli, options, words):
 
 
 def test_a_run_that_diverges_says_so(cli, quick, monkeypatch):               # the message of `trouble` thrown away
-    small = ["--steps", 40, "--batch", 64, "--width", 8, "--samples", 40, "--sample-steps", 4, "--jumps", 0, "--lr", 1.0]
+    small = ["--steps", 40, "--batch", 64, "--width", 8, "--samples", 40, "--sample-steps", 4, "--jumps", 1, "--lr", 1.0]
     printed = []
     monkeypatch.setattr("builtins.print", lambda *a, **k: printed.append(" ".join(map(str, a))))
     cli(ebm, *small)
@@ -656,8 +656,8 @@ def test_training_finds_the_modes_of_a_mixture():                       # a loss
     model = ebm.EBM((2,), width=64)
     average = copy.deepcopy(model)
     average.buffer = model.buffer
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3, betas=(0.0, 0.999))
-    for _ in ebm.train(model, average, optimizer, truth.batches(256), 250, 2e-3):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, betas=(0.0, 0.999))
+    for _ in ebm.train(model, average, optimizer, truth.batches(256), 250, 1e-2):
         pass
     z = ebm.log_z(average.energy, 6.0, 200)
     import metrics
