@@ -24,15 +24,12 @@ Limits. No gradients through a chain. The kernel: H = 64 or 128 (16 and 32 too w
 C <= 16, L H <= 256, activations within fp16's 65504. The CPU path takes any size and the dtype of x.
 """
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import diffusion, rng
-from ._runtime import AMD, INTERPRET, backend, int32, jit, refuse_gradients, tl, triton
+from ._runtime import AMD, INTERPRET, backend, in_tiles, int32, jit, refuse_gradients, tl, triton
 
 NAMES = ("frequencies", "phases", "w_in", "b_in", "w_hidden", "b_hidden", "w_out", "b_out")
 
@@ -119,34 +116,13 @@ def _chain_tile(x, row, network, y, table, seed, first, base, clip, bound, stop)
 
 
 def _chain_torch(x, network, coefficients, seed, y, first, base, clip, bound) -> Tensor:
-    N, H = len(x), len(network[3])
-    out = x.clone(memory_format=torch.contiguous_format)
-    stop, threads = threading.Event(), torch.get_num_threads()
-    tile = max(1, N) if x.is_cuda else max(64, 65536 // H)              # five buffers of 0.25 MB: a core's L2
-    if N <= tile * threads and not x.is_cuda:
-        tile = max(1, -(-N // threads))
-    table, starts = coefficients.tolist(), range(0, N, tile)
-    # one thread a tile, as in diffusion.py: nobody waits at a barrier twenty times a step
-    pool = None if x.is_cuda or threads == 1 or len(starts) == 1 else ThreadPoolExecutor(threads)
+    out, table = x.clone(memory_format=torch.contiguous_format), coefficients.tolist()
 
-    def work(row):
-        with torch.inference_mode():
-            if pool:
-                torch.set_num_threads(1)
-            labels = None if y is None else y[row : row + tile]
-            _chain_tile(out[row : row + tile], row, network, labels, table, seed, first, base, clip, bound, stop)
+    def work(row, part, stop):
+        labels = None if y is None else y[row : row + len(part)]
+        _chain_tile(part, row, network, labels, table, seed, first, base, clip, bound, stop)
 
-    if pool is None:
-        for row in starts:
-            work(row)
-        return out
-    try:
-        for done in [pool.submit(work, row) for row in starts]:
-            done.result()
-    finally:
-        stop.set()                                                      # Ctrl-C: the tiles end at their next block
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    in_tiles(work, out, max(64, 65536 // len(network[3])))              # five buffers of 0.25 MB: a core's L2
     return out
 
 
