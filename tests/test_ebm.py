@@ -238,8 +238,9 @@ def test_gaussians_have_the_moments_of_their_classes(seed):             # n for 
 @pytest.mark.parametrize("arguments, word", [
     ((0.1, 1.0), ""), ((0.1, 1.0, 0.02, 3.0), ""), ((5.9, 1.0), ""), ((6.1, 1.0), "diverged"), ((-6.1, 1.0), "diverged"),
     ((-85.0, 1.0, 35.0, 3.0), "diverged"), ((0.1, 1.0, 3.1, 3.0), "diverged"), ((math.nan, 1.0), "diverged"), ((0.1, 1.0, math.nan, 3.0), "diverged"),
-    ((0.01, 1.0, 0.32, 3.0), "stuck"), ((0.6, 1.0, 0.32, 3.0), ""), ((0.4, 1.0, 0.11, 3.0), "stuck"), ((0.0, 1.0, 0.1, 3.0), "")])
-def test_trouble_is_told_apart(arguments, word):                        # kl of a good run; a gap that lies
+    ((0.01, 1.0, 0.32, 3.0), "stuck"), ((0.6, 1.0, 0.32, 3.0), ""), ((0.4, 1.0, 0.11, 3.0), "stuck"), ((0.0, 1.0, 0.1, 3.0), ""),
+    ((0.0, 1.0, math.inf), "diverged")])
+def test_trouble_is_told_apart(arguments, word):                        # kl of a good run; a gap that lies; an infinite kl
     assert ebm.trouble(*arguments).partition(":")[0] == word
 
 
