@@ -75,40 +75,45 @@ def langevin_step_reference(x, g, A, B, seed, step, clip=None, bound=None) -> Te
 def _chain_tile(x, row, network, y, table, seed, first, base, clip, bound, stop):
     """x (R, D) in place; y (R,) or None."""
     frequencies, phases, w_in, b_in, w_hidden, b_hidden, w_out, b_out = network
-    (R, D), H, L, K = x.shape, len(b_in), len(w_hidden), w_in.shape[1]
+    (R, D), H, L, E = x.shape, len(b_in), len(w_hidden), len(phases)
     rows = torch.arange(row, row + R, device=x.device)
-    phi, slope, g_phi = x.new_empty(R, K), x.new_empty(R, K - D), x.new_empty(R, K)
+    both, phases = frequencies.repeat(1, 2), torch.cat([phases, phases + torch.pi / 2])     # a cosine is a sine
+    angle, g_waves, g_x = x.new_empty(R, 2 * E), x.new_empty(R, E), torch.empty_like(x)
+    sin, cos = angle.chunk(2, 1)
     a, h, g = x.new_empty(L + 1, R, H).unbind(), x.new_empty(R, H), x.new_empty(R, H)
-    weights = [(w_in.T, b_in), *zip(w_hidden.mT.unbind(), b_hidden.unbind())]
-    back = [w_in, *w_hidden.unbind()]
+    w_x, w_waves, back = w_in[:, :D], w_in[:, D:], w_hidden.unbind()
+    forward, down = list(zip(b_hidden.unbind(), w_hidden.mT.unbind(), a[1:])), list(zip(a[1:], back))[::-1]
+    x_in, waves_in, waves_out = w_x.T, w_waves.T, frequencies.T
     chosen = -w_out.expand(R, H) if len(w_out) == 1 else None if y is None else -w_out[y.clamp(min=0)]
     free = chosen is None or len(w_out) > 1 and y is not None and bool((y < 0).any())       # dE/dh_L changes with x
     block = max(1, 32768 // (R * ((D + 3) // 4)))                       # the generator's words stay in L2
+    silu, slope = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
     for start in range(0, len(table), block):
-        part = table[start : start + block]
+        part, z = table[start : start + block], [None] * block
         if any(B for _, B in part):
             steps = torch.arange(first + start, first + start + len(part), device=x.device).bitwise_and_(rng.MASK)
-            z = rng.normal_block(rows, D, steps, seed)
-        for k, (A, B) in enumerate(part):
-            phi[:, :D] = x
-            angle = torch.addmm(phases, x, frequencies)
-            torch.sin(angle, out=phi[:, D:])
-            torch.cos(angle, out=slope)
-            for l, (w, b) in enumerate(weights):
-                torch.addmm(b, h if l else phi, w, out=a[l])
-                torch.ops.aten.silu.out(a[l], out=h)
+            z = rng.normal_block(rows, D, steps, seed).unbind()
+        for (A, B), noise in zip(part, z):
+            torch.addmm(phases, x, both, out=angle).sin_()
+            torch.addmm(b_in, sin, waves_in, out=a[0]).addmm_(x, x_in)
+            silu(a[0], out=h)
+            for b, w, out in forward:
+                torch.addmm(b, h, w, out=out)
+                silu(out, out=h)
             g_h = torch.addmm(b_out, h, w_out.T).softmax(1).neg_() @ w_out if free else chosen
             if free and chosen is not None:
                 g_h = torch.where((y < 0)[:, None], g_h, chosen)
-            for l in range(L, -1, -1):
-                torch.ops.aten.silu_backward.grad_input(g_h, a[l], grad_input=g)
-                g_h = torch.mm(g, back[l], out=h if l else g_phi)
-            g_x = torch.addmm(g_phi[:, :D], slope.mul_(g_phi[:, D:]), frequencies.T).add_(x, alpha=base)
+            for out, w in down:
+                slope(g_h, out, grad_input=g)
+                g_h = torch.mm(g, w, out=h)
+            slope(g_h, a[0], grad_input=g)
+            torch.mm(g, w_waves, out=g_waves).mul_(cos)
+            torch.addmm(x, g, w_x, beta=base, out=g_x).addmm_(g_waves, waves_out)
             if clip is not None:
                 g_x.clamp_(-clip, clip)
             x.sub_(g_x, alpha=A)
             if B:
-                x.add_(z[k], alpha=B)
+                x.add_(noise, alpha=B)
             if bound is not None:
                 x.clamp_(-bound, bound)
         if stop.is_set():

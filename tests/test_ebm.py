@@ -30,7 +30,7 @@ def rng(seed):
 
 def make(name="ebm", shape=(2,), classes=3, seed=0, **options):
     torch.manual_seed(seed)
-    small = dict(width=12, octaves=1, channels=4, buffer=60) | options
+    small = dict(width=12, waves=1, channels=4, buffer=60) | options
     return ebm.MODELS[name](shape, classes, **small)
 
 
@@ -249,7 +249,7 @@ def test_trouble_is_told_apart(arguments, word):                        # kl of 
 
 @given(seeds, st.sampled_from(["none", "all"]), st.sampled_from([None, 0.3]))
 def test_the_plain_chain_is_the_one_of_the_kernels(seed, labels, clip):  # base / 2; a sine; the class; the bound
-    model = make("jem", seed=seed, octaves=2, depth=1)
+    model = make("jem", seed=seed, waves=2, depth=1)
     g = rng(seed)
     x, y = torch.randn(20, 2, generator=g), torch.randint(3, (20,), generator=g) if labels == "all" else None
     table = torch.tensor([[0.1, 0.0], [0.05, 0.0]])
@@ -272,14 +272,14 @@ def test_the_plain_loops_draw_anew_at_each_step():                      # one se
     close(ebm.langevin_step_plain(x, g, 0.5, 0.0, 3, 0, 0.4, 0.1), x - 0.1)
 
 
-def test_the_waves_are_sines_and_cosines_of_each_coordinate():          # repeat for repeat_interleave
-    network = make(octaves=3).network
+def test_the_waves_are_sines_and_cosines_of_each_coordinate():          # repeat for repeat_interleave; another period
+    network = make(waves=3).network
     assert network.frequencies.shape == (2, 12)
     found = set()
     for column, phase in zip(network.frequencies.T, network.phases):
         (d,) = column.nonzero().flatten().tolist()
         found.add((d, column[d].item(), round(phase.item(), 3)))
-    assert found == {(d, k, p) for d in (0, 1) for k in (1, 2, 4) for p in (0, 1.571)}
+    assert found == {(d, k, p) for d in (0, 1) for k in (0.5, 1.5, 4.5) for p in (0, 1.571)}
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 9, 11), (2, 17, 16), (1, 8, 8), (1, 64, 48)])
@@ -399,7 +399,7 @@ def test_jumps_give_each_mode_its_due():                                # E for 
 @pytest.mark.parametrize("name", ["ebm", "cond"])
 def test_chains_of_points_sample_the_model(name):                       # the class not passed on; jumps of another law
     torch.manual_seed(0)
-    model = make(name, width=16, octaves=1, step=0.01, base=0.5, classes=2)
+    model = make(name, width=16, waves=1, step=0.01, base=0.5, classes=2)
     with torch.no_grad():
         model.network.w_out.mul_(8)
     y = torch.ones(4000, dtype=torch.long) if name == "cond" else None
@@ -603,33 +603,10 @@ def test_a_run_leaves_its_numbers(cli, quick, name, dataset, options):
 
 
 @pytest.mark.parametrize("name, dataset", [("ebm", "gmm"), ("jem++", "persian")])
-def test_resume_is_bit_for_bit(cli, quick, tmp_path, monkeypatch, name, dataset):   # the chains, the Gaussians not kept
-    import run
-
-    small = ["--model", name, "--dataset", dataset, "--batch", 8, "--width", 8, "--channels", 4, "--samples", 40,
-             "--buffer", 400, "--chain", 2, "--sample-steps", 4]
-    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
-    *_, whole = cli(ebm, *small, "--steps", 6, out=tmp_path / "whole")
-    steps = {"n": 0}
-
-    def killed(self, numbers, floors=None, track=run.Run.track):
-        for row in track(self, numbers, floors):
-            steps["n"] += 1
-            if steps["n"] == 3:
-                raise KeyboardInterrupt
-            yield row
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "track", killed)
-        status, *_ = cli(ebm, *small, "--steps", 6, out=tmp_path / "broken")
-        assert status == 130
-    status, error, broken = cli(ebm, *small, "--steps", 6, "--resume", out=tmp_path / "broken")
-    assert status == 0, error
-    states = [torch.load(next(out.glob("*/model.pt")), weights_only=True)["state"] for out in (whole, broken)]
-    assert "buffer.chains" in states[0]["model"]
-    for part in ("model", "average"):
-        for key, value in states[0][part].items():
-            assert torch.equal(value, states[1][part][key]), key
+def test_resume_is_bit_for_bit(resumed, quick, name, dataset):          # the chains, the Gaussians not kept
+    state = resumed(ebm, "--model", name, "--dataset", dataset, "--batch", 8, "--width", 8, "--channels", 4, "--samples", 40,
+                    "--buffer", 400, "--chain", 2, "--sample-steps", 4)
+    assert "buffer.chains" in state["model"]
 
 
 @pytest.mark.parametrize("options, words", [
