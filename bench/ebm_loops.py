@@ -1,15 +1,16 @@
 """Langevin steps a second, ebm.py's chains against the loop that tutorials write, in turns in one run.
 
-    python bench/ebm_loops.py [--seconds 3] [--turns 5] [--clock wall|cpu] [--torchebm]
+    python bench/ebm_loops.py [--seconds 3] [--turns 5] [--clock wall|cpu]
 
 The plain loop walks the same network: it freezes the weights, adds noise in place, calls backward on the summed
-energies, clips the gradient, steps, empties the gradient and clamps, each an operation of its own. --torchebm adds
-that library's Langevin sampler, where it is installed. Points: 512 chains under the MLP of ebm.py. Images: 64 chains of
-28x28 under the network of ebm.py, and under one of the UvA tutorial's size. Most of an image's step is the
-network's two passes, which both loops pay.
+energies, clips the gradient, steps, empties the gradient and clamps, each an operation of its own. torchebm's Langevin
+sampler walks it too, where it is installed (`bash bench/rivals.sh ebm_loops`). Points: 512 chains under the MLP of
+ebm.py. Images: 64 chains of 28x28 under the network of ebm.py, and under one of the UvA tutorial's size. Most of an
+image's step is the network's two passes, which all loops pay.
 """
 
 import argparse
+import importlib.util
 import pathlib
 import statistics
 import sys
@@ -67,25 +68,25 @@ def main():
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a shared machine")
-    parser.add_argument("--torchebm", action="store_true")
     args = parser.parse_args()
+    rival = importlib.util.find_spec("torchebm") is not None
     now = time.perf_counter if args.clock == "wall" else time.process_time
     torch.manual_seed(0)
-    points = ebm.EBM((2,), jumps=0)
+    points, narrow = ebm.EBM((2,), jumps=0), ebm.EBM((2,), jumps=0, width=64)
     images = ebm.EBM((1, 28, 28), step=10.0, temperature=5e-6, clip=0.03)
     other = ebm.EBM((1, 28, 28), step=10.0, temperature=5e-6, clip=0.03)
     other.network = tutorial()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}: steps a {args.clock} second, median")
-    print("| chains | ours | plain loop | ours is |" + (" torchebm |" if args.torchebm else ""))
-    print("|---|---|---|---|" + ("---|" if args.torchebm else ""))
-    cases = (("512 points, MLP of 2 x 128", points, 512, 50), ("64 images, our network", images, 64, 5),
-             ("64 images, the tutorial's network", other, 64, 5))
+    print("| chains | ours | plain loop | ours is |" + (" torchebm |" if rival else ""))
+    print("|---|---|---|---|" + ("---|" if rival else ""))
+    cases = (("512 points, MLP of 3 x 128", points, 512, 50), ("512 points, MLP of 3 x 64", narrow, 512, 50),
+             ("64 images, our network", images, 64, 5), ("64 images, the tutorial's network", other, 64, 5))
     for name, model, n, steps in cases:
         x, noises = model.uniform(n), torch.full((steps,), model.noise)
         loops = {"ours": lambda m=model, x=x, z=noises: m.walk(x, None, z),
                  "plain": lambda m=model, x=x, k=steps: plain(m.energy, m.network, x, k, m.step, m.noise, m.clip,
                                                               m.bound)}
-        if args.torchebm:
+        if rival:
             loops["torchebm"] = torchebm(model.energy, x, steps, model.step)
         rates = {k: [] for k in loops}
         for turn in range(args.turns + 1):                  # the first warms up
@@ -99,7 +100,7 @@ def main():
         ratio = {k: statistics.median(a / b for a, b in zip(rates["ours"], rates[k])) for k in loops}
         shown = {k: statistics.median(v) for k, v in rates.items()}
         row = f"| {name} | {shown['ours']:.0f} | {shown['plain']:.0f} | {ratio['plain']:.2f}x |"
-        print(row + (f" {shown['torchebm']:.0f}, {ratio['torchebm']:.2f}x |" if args.torchebm else ""), flush=True)
+        print(row + (f" {shown['torchebm']:.0f}, {ratio['torchebm']:.2f}x |" if rival else ""), flush=True)
 
 
 if __name__ == "__main__":
