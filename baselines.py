@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import judges
 from metrics import bits_per_dim, grid_picture, metric
 
 # ---- counted
@@ -89,9 +90,11 @@ def report(model, nll: Tensor, x: Tensor, truth, folder, probe_rows: int, seen: 
     else:
         error = language.decode(language.tokens(x)) - x
         out["distortion"] = metric(error.square().mean().sqrt() * (truth.levels - 1) / 2, None, "levels, rms")
+    if model.gpt.classes > 1:
+        out |= judges.label_agreement(model, truth)
     if probe_rows and truth.classes:
         out |= probe_layers(model, truth, probe_rows, device)
-    half, rows = truth.shape[1] // 2, []
+    half = truth.shape[1] // 2
     originals = x[:10]
     blank = originals.clone()
     blank[:, :, half:] = 0

@@ -10,7 +10,7 @@ A point of the plane is a sentence of two tokens, its coordinates in cells: a de
 
 `--mixer` (or --model): attention [2, 3], whose memory is every token before, or mamba [4], whose memory is one state:
 
-    h_t = exp(Delta_t A) h_t-1 + Delta_t B_t u_t,    y_t = C_t . h_t + D u_t                                 [4] (2), 3.2
+    h_t = exp(Delta_t A) h_t-1 + Delta_t B_t u_t,    y_t = C_t . h_t + D u_t                             [4] section 3
 
 References
   [1] Chen et al., Generative Pretraining from Pixels, ICML 2020
@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 
 def patches(bits: Tensor, side: int = 2) -> Tensor:
-    """(B, 1, H, W) of 0 and 1 -> (B, H W / side^2): each patch as a binary number, the first pixel its highest digit."""
+    """(B, 1, H, W) of 0 and 1 -> (B, H W / side^2): a patch is a binary number, its first pixel the highest digit."""
     rows = rearrange(bits, "b 1 (h p) (w q) -> b (h w) (p q)", p=side, q=side)
     return (rows << torch.arange(side**2 - 1, -1, -1, device=bits.device)).sum(2)
 
@@ -86,9 +86,8 @@ def restrict(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
         top_k, temperature = 1, 1.0
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        kept = torch.full_like(logits, -math.inf)
-        index = logits.topk(top_k).indices
-        logits = kept.scatter(-1, index, logits.gather(-1, index))
+        highest, index = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, index, highest)
     if top_p < 1:
         p, index = logits.softmax(-1).sort(-1, descending=True)
         out = p.cumsum(-1) - p >= top_p                     # what stands before it is enough
@@ -181,7 +180,7 @@ class Conv1D(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """All tokens before, weighed by the match of query and key. Memory: k transposed (n, H, D, T) and v (n, H, T, D)."""
+    """All tokens before, weighed by query and key. Memory: k transposed (n, H, D, T) and v (n, H, T, D)."""
 
     def __init__(self, width: int, heads: int, layers: int, **options):
         super().__init__()
@@ -258,9 +257,6 @@ class Mamba(nn.Module):
         return self.out_proj(torch.addcmul(y, self.D, out) * F.silu(z))
 
 
-MIXERS = {"attention": CausalSelfAttention, "mamba": Mamba}
-
-
 class Layer(nn.Module):
     """A mixer between tokens, then a network at each of them; both read what is normalised and add to the stream."""
 
@@ -300,8 +296,7 @@ class GPT(nn.Module):
 
     def start(self, n: int, labels: Tensor | None = None) -> Tensor:
         """(n, 1): the start tokens, of class 0 where none is named."""
-        first = torch.zeros(n, dtype=torch.long, device=self.wte.weight.device) if labels is None else labels
-        return self.K + first[:, None]
+        return self.K + (self.wte.weight.new_zeros(n, dtype=torch.long) if labels is None else labels)[:, None]
 
     def forward(self, inputs: Tensor, memory=None, start: int = 0) -> Tensor:
         """Logits (B, S, K) of the places from `start` on; memory: of what was read before, and is to be remembered."""
@@ -348,7 +343,7 @@ class GPT(nn.Module):
         token = prompt[:, -1] if s else first[:, 0]
         for t in range(s, self.T):
             logits = self.step(token, memory, t)
-            if limits:
+            if limits not in ({}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}):
                 logits = restrict(logits, **limits)
             noise = torch.empty_like(logits).exponential_().log_()
             token = torch.sub(logits, noise).argmax(1)
@@ -359,59 +354,30 @@ class GPT(nn.Module):
 # ---- the family: what a token is
 
 
-class Language:
-    """K kinds of tokens, T of them an example of that shape; `tokens(x)`, `decode(tokens)`; exact: nothing is lost."""
+class Language(nn.Module):
+    """K kinds of tokens, T of them an example of `shape`: tokens(x), decode(tokens). pixels(tokens): symbols (B, H, W)
+    of `kinds` kinds, for tables. exact: nothing is lost."""
 
-    exact, dims = True, 0
+    exact = True
 
-    def draw_bits(self, x: Tensor) -> Tensor:
-        """0 and 1 of x in [-1, 1], drawn with the grey level as probability of 1: dynamic binarisation."""
-        return (2 * torch.rand_like(x) - 1 < x).long()
+    def __init__(self, shape, K: int, T: int, kinds: int = 2):
+        super().__init__()
+        self.shape, self.K, self.T, self.kinds = tuple(shape), K, T, kinds
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Symbols (B, H, W) for tables, and how many kinds there are: `kinds`."""
         return tokens.view(len(tokens), *self.shape[1:])
 
 
-class Bits(Language):
-    """One token a pixel of a binary image."""
-
-    def __init__(self, shape, levels=2, **options):
-        self.shape, self.K, self.kinds, self.T = tuple(shape), 2, 2, math.prod(shape)
-        self.dims = self.T
-
-    def tokens(self, x):
-        return self.draw_bits(x).flatten(1)
-
-    def decode(self, tokens):
-        return 2.0 * tokens.view(-1, *self.shape) - 1
+def draw_bits(x: Tensor) -> Tensor:
+    """0 and 1 of x in [-1, 1], drawn with the grey level as probability of 1: dynamic binarisation."""
+    return (2 * torch.rand_like(x) - 1 < x).long()
 
 
-class Patches(Bits):
-    """One of 16 tokens for 2 x 2 pixels of a binary image: a quarter of the places for the same likelihood."""
-
-    def __init__(self, shape, **options):
-        super().__init__(shape)
-        if shape[1] % 2 or shape[2] % 2:
-            raise ValueError(f"2 x 2 patches need even sides; got {shape[1]} x {shape[2]}: use --tokens pixel or --size")
-        self.K, self.T = 16, self.dims // 4
-
-    def tokens(self, x):
-        return patches(self.draw_bits(x))
-
-    def decode(self, tokens):
-        return 2.0 * unpatch(tokens, *self.shape[1:]) - 1
-
-    def pixels(self, tokens):
-        return unpatch(tokens, *self.shape[1:])[:, 0]
-
-
-class Grey(Bits):
+class Grey(Language):
     """One token a pixel, its level."""
 
-    def __init__(self, shape, levels, **options):
-        super().__init__(shape)
-        self.K = self.kinds = levels
+    def __init__(self, shape, levels: int):
+        super().__init__(shape, levels, math.prod(shape), levels)
 
     def tokens(self, x):
         return ((x + 1) * ((self.K - 1) / 2)).round().long().flatten(1)
@@ -420,32 +386,60 @@ class Grey(Bits):
         return tokens.view(-1, *self.shape) * (2 / (self.K - 1)) - 1
 
 
+class Bits(Grey):
+    """One token a pixel of a binary image."""
+
+    def __init__(self, shape, levels: int = 2):
+        super().__init__(shape, 2)
+
+    def tokens(self, x):
+        return draw_bits(x).flatten(1)
+
+
+class Patches(Language):
+    """One of 16 tokens for 2 x 2 pixels of a binary image: a quarter of the places for the same likelihood."""
+
+    def __init__(self, shape, levels: int = 2):
+        super().__init__(shape, 16, math.prod(shape) // 4)
+        if shape[1] % 2 or shape[2] % 2:
+            raise ValueError(f"2 x 2 patches need even sides, not {shape[1]} x {shape[2]}: --tokens pixel, or --size")
+
+    def tokens(self, x):
+        return patches(draw_bits(x))
+
+    def decode(self, tokens):
+        return 2.0 * unpatch(tokens, *self.shape[1:]) - 1
+
+    def pixels(self, tokens):
+        return unpatch(tokens, *self.shape[1:])[:, 0]
+
+
 class Palette(Language):
-    """One token a pixel, the nearest of K colours: `palette` (K, channels), means of the training set's. [1] section 3"""
+    """One token a pixel, the nearest of K colours: `palette` (K, channels), means of the training set's. [1] 3.2"""
 
     exact = False
 
-    def __init__(self, shape, K: int = 32, palette=None, **options):
-        self.shape, self.K, self.kinds, self.T = tuple(shape), K, K, math.prod(shape[1:])
-        self.palette = torch.zeros(K, shape[0]) if palette is None else palette
+    def __init__(self, shape, K: int):
+        super().__init__(shape, K, math.prod(shape[1:]), K)
+        self.register_buffer("palette", torch.zeros(K, shape[0]))
 
     def fit(self, x: Tensor):
-        self.palette = k_means(rearrange(x, "b c h w -> (b h w) c"), self.K)
+        self.palette.copy_(k_means(rearrange(x, "b c h w -> (b h w) c"), self.K))
 
     def tokens(self, x):
         flat = rearrange(x, "b c h w -> (b h w) c")
-        return fused("nearest_code", nearest_code_plain)(flat, self.palette.to(x)).view(len(x), -1)
+        return fused("nearest_code", nearest_code_plain)(flat, self.palette).view(len(x), -1)
 
     def decode(self, tokens):
-        return rearrange(self.palette.to(tokens.device)[tokens], "b (h w) c -> b c h w", h=self.shape[1])
+        return rearrange(self.palette[tokens], "b (h w) c -> b c h w", h=self.shape[1])
 
 
 class Cells(Language):
     """Each coordinate of a point in one of K equal cells of [-reach, reach], uniform inside: a density."""
 
-    def __init__(self, shape, K: int = 256, reach: float = 3.0, **options):
-        self.shape, self.K, self.T, self.dims, self.reach = tuple(shape), K, shape[0], shape[0], reach
-        self.log_volume = shape[0] * math.log(2 * reach / K)
+    def __init__(self, shape, K: int, reach: float = 3.0):
+        super().__init__(shape, K, shape[0])
+        self.reach, self.log_volume = reach, shape[0] * math.log(2 * reach / K)
 
     def tokens(self, x):
         return ((x + self.reach) * (self.K / (2 * self.reach))).floor().long().clamp(0, self.K - 1)
@@ -454,6 +448,7 @@ class Cells(Language):
         return (tokens + torch.rand(tokens.shape, device=tokens.device)) * (2 * self.reach / self.K) - self.reach
 
 
+MIXERS = {"attention": CausalSelfAttention, "mamba": Mamba}
 LANGUAGES = {"pixel": Bits, "patch": Patches, "grey": Grey, "palette": Palette, "cells": Cells}
 
 
@@ -463,18 +458,6 @@ class IGPT(nn.Module):
     def __init__(self, language: Language, **options):
         super().__init__()
         self.language, self.gpt = language, GPT(language.K, language.T, **options)
-        if isinstance(language, Palette):
-            self.register_buffer("palette", language.palette)
-
-    def learn_palette(self, x: Tensor):
-        self.language.fit(x)
-        self.palette.copy_(self.language.palette)
-
-    def load_state_dict(self, state, *rest, **options):
-        out = super().load_state_dict(state, *rest, **options)
-        if isinstance(self.language, Palette):
-            self.language.palette = self.palette
-        return out
 
     def loss(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Nats a token."""
@@ -494,9 +477,9 @@ class IGPT(nn.Module):
         rows = rows or max(1, min(2**15 // self.language.T, 4096))
         if labels is None and self.gpt.classes > 1:
             labels = torch.arange(n, device=self.gpt.wte.weight.device) % self.gpt.classes
-        parts = [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
-        draw = lambda part: self.gpt.generate(part.stop - part.start, None, None if labels is None else labels[part], **limits)
-        return torch.cat([self.language.decode(draw(part)) for part in parts])
+        named = lambda i: None if labels is None else labels[i : i + rows]
+        drawn = [self.gpt.generate(min(rows, n - i), labels=named(i), **limits) for i in range(0, n, rows)]
+        return torch.cat([self.language.decode(tokens) for tokens in drawn])
 
     def of_class(self, labels: Tensor) -> Tensor:
         return self.sample(len(labels), labels)
@@ -528,16 +511,15 @@ def build(config: dict, shape, levels, classes=None) -> IGPT:
     """The model that the options of a run, or of a checkpoint, describe; levels None for points."""
     name = config["tokens"]
     if name == "auto":
-        small = levels and shape[0] == 1
-        name = "cells" if not levels else "palette" if not small else "pixel" if shape[1] % 2 or shape[2] % 2 else "patch"
+        odd = levels and (shape[1] % 2 or shape[2] % 2)
+        name = "cells" if not levels else "palette" if shape[0] > 1 else "pixel" if odd else "patch"
     if (name == "cells") == bool(levels):
         raise ValueError(f"--tokens {name} is for {'points' if levels else 'images'}")
     if name in ("pixel", "patch", "grey") and shape[0] > 1:
         raise ValueError(f"--tokens {name} is for one channel; {shape[0]} want --tokens palette")
     if config["conditional"] and not classes:
         raise ValueError("--conditional wants a set with classes")
-    kinds = {"cells": {"K": config["cells"]}, "palette": {"K": config["colours"]}}.get(name, {"levels": levels})
-    language = LANGUAGES[name](shape, **kinds)
+    language = LANGUAGES[name](shape, {"cells": config["cells"], "palette": config["colours"]}.get(name, levels))
     return IGPT(language, width=config["width"], layers=config["layers"], heads=config["heads"], mixer=config["model"],
                 classes=classes if config["conditional"] else 1, dropout=config["dropout"])
 
@@ -545,13 +527,11 @@ def build(config: dict, shape, levels, classes=None) -> IGPT:
 @torch.inference_mode()
 def evaluate(model: IGPT, x: Tensor, labels: Tensor | None = None, rows: int = 50) -> Tensor:
     """-log p(x) in nats, (N,)."""
-    model.eval()
-    parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
-    return -torch.cat([model.log_prob(x[part], None if labels is None else labels[part]) for part in parts])
+    named = lambda i: None if labels is None else labels[i : i + rows]
+    return -torch.cat([model.log_prob(x[i : i + rows], named(i)) for i in range(0, len(x), rows)])
 
 
 def main():
-    import re
     import sys
     import time
 
@@ -560,7 +540,7 @@ def main():
     import metrics
     import run
 
-    sys.argv[1:] = [re.sub("^--mixer(?=$|=)", "--model", word) for word in sys.argv[1:]]
+    sys.argv = [word.replace("--mixer", "--model") for word in sys.argv]
     args = run.parse(
         __doc__, MIXERS, steps=4000, batch=512, lr=2e-3,
         training={"tokens": ("auto", "of an example", ["auto", *LANGUAGES]), "cells": (256, "of a coordinate"),
@@ -572,9 +552,9 @@ def main():
                   "probe_rows": (5000, "training images of the linear probe; 0: none")},
         images={"steps": 3000, "batch": 32, "lr": 1e-3, "width": 128, "layers": 4, "heads": 4, "samples": 500,
                 "dropout": 0.1})
-    if args.top_p > 1:
-        raise SystemExit(f"{args.script}.py: --top-p is a probability; got {args.top_p}")
     with run.Run(args) as job:
+        if args.top_p > 1:
+            raise ValueError(f"--top-p is a probability; got {args.top_p}")
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         points = hasattr(truth, "log_prob")
@@ -584,18 +564,17 @@ def main():
             job.restore(model=model)
         else:
             if not language.exact and not args.resume:
-                model.learn_palette(truth.sample(500, split="train").to(job.device))
-            optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+                language.fit(truth.sample(500, split="train").to(job.device))
+            optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
             start = job.keep(model=model, optimizer=optimizer)
             batches = truth.batches(args.batch, job.device, labels=args.conditional)
             rows = train(model, optimizer, batches, args.steps, args.lr, start, job.share)
-            floor = points and {"loss": (truth.entropy + language.log_volume) / language.T}
-            for _ in job.track(rows, floors=floor or None):
+            floor = points and not args.conditional and {"loss": (truth.entropy - language.log_volume) / language.T}
+            for _ in job.track(rows, floors=floor):
                 pass
         model.eval()
 
-        chosen = {"temperature": (args.temperature, 1.0), "top_k": (args.top_k, 0), "top_p": (args.top_p, 1.0)}
-        limits = {name: value for name, (value, idle) in chosen.items() if value != idle}
+        limits = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
         began = time.perf_counter()
         with job.bar(args.samples, "sampling") as bar:
             samples = []
