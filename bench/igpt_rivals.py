@@ -39,14 +39,15 @@ class HuggingFace:
     def __init__(self, T):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(vocab_size=K + 1, n_positions=T + 1, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0,
-                            embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=K, eos_token_id=None, pad_token_id=K)
+        config = GPT2Config(vocab_size=K + 1, n_positions=T + 1, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
+                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=K, eos_token_id=None,
+                            pad_token_id=K)
         self.model, self.T = GPT2LMHeadModel(config), T
 
     def sample(self, batch):
         start = torch.full((batch, 1), K)
-        return self.model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, use_cache=True,
-                                   max_new_tokens=self.T, min_new_tokens=self.T)
+        return self.model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0,
+                                   use_cache=True, max_new_tokens=self.T, min_new_tokens=self.T)
 
     def loss(self, tokens):
         logits = self.model(F.pad(tokens[:, :-1], (1, 0), value=K)).logits

@@ -82,10 +82,10 @@ class ScanTorch(torch.autograd.Function):
 @jit()
 def scan_step(h, decay, x_ptr, dt_ptr, B_ptr, t, T, e, n, E: tl.constexpr, N: tl.constexpr):
     """The state [BE, BN] after step t, and what it read. Beyond T dt is 0: nothing changes."""
-    here = (e < E) & (t < T)
+    here = (e < E) & (t + 0 * e < T)                                 # a scalar t < T is no mask in the interpreter
     x = tl.load(x_ptr + t * E + e, mask=here, other=0.0).to(tl.float32)
     dt = tl.load(dt_ptr + t * E + e, mask=here, other=0.0).to(tl.float32)
-    B = tl.load(B_ptr + t * N + n, mask=(n < N) & (t < T), other=0.0).to(tl.float32)
+    B = tl.load(B_ptr + t * N + n, mask=(n < N) & (t + 0 * n < T), other=0.0).to(tl.float32)
     a = tl.exp2(dt[:, None] * decay)
     return a * h + (dt * x)[:, None] * B[None, :], a, x, dt, B
 
@@ -111,8 +111,8 @@ def scan_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, h_ptr, y_ptr, last_ptr, kept
         for i in range(CT):
             t = c * CT + i
             h, a, x, dt, B = scan_step(h, decay, x_ptr, dt_ptr, B_ptr, t, T, e, n, E, N)
-            C = tl.load(C_ptr + t * N + n, mask=(n < N) & (t < T), other=0.0).to(tl.float32)
-            tl.store(y_ptr + t * E + e, tl.sum(h * C[None, :], 1), mask=(e < E) & (t < T))
+            C = tl.load(C_ptr + t * N + n, mask=(n < N) & (t + 0 * n < T), other=0.0).to(tl.float32)
+            tl.store(y_ptr + t * E + e, tl.sum(h * C[None, :], 1), mask=(e < E) & (t + 0 * e < T))
     tl.store(last_ptr + b * (E * N) + at, h, mask=inside)
 
 
@@ -152,7 +152,7 @@ def scan_back_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, dy_ptr, dlast_ptr, kept
             t = c * CT + i
             before = tl.load(walk_ptr + i * (E * N) + at, mask=inside, other=0.0)
             h, a, x, dt, B = scan_step(before, decay, x_ptr, dt_ptr, B_ptr, t, T, e, n, E, N)
-            rows, columns = (e < E) & (t < T), (n < N) & (t < T)
+            rows, columns = (e < E) & (t + 0 * e < T), (n < N) & (t + 0 * n < T)
             C = tl.load(C_ptr + t * N + n, mask=columns, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + t * E + e, mask=rows, other=0.0).to(tl.float32)
             g += dy[:, None] * C[None, :]

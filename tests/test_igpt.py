@@ -159,11 +159,11 @@ def test_a_prompt_is_kept_and_read(mixer):                              # tokens
     assert torch.equal(gpt.generate(2, sentences(2, 6, 3)), sentences(2, 6, 3))
 
 
-@given(st.lists(st.floats(-4, 4), min_size=2, max_size=8, unique=True), st.floats(0.1, 3), st.integers(0, 9),
+@given(st.lists(st.integers(-32, 32), min_size=2, max_size=8, unique=True), st.floats(0.1, 3), st.integers(0, 9),
        st.floats(0, 1))
 def test_what_is_left_to_choose_from(logits, temperature, k, p):
     """highest k, not lowest; `>`: a token too many; the probability of the token itself counted; temperature after top_p"""
-    logits = torch.tensor(logits)
+    logits = torch.tensor(logits) / 8.0
     close(igpt.restrict(logits, temperature).softmax(0), (logits / temperature).softmax(0))
     assert igpt.restrict(logits, 0.0).isfinite().nonzero()[:, 0].tolist() == [int(logits.argmax())]
     kept = igpt.restrict(logits, 1.0, k).isfinite()
@@ -300,7 +300,7 @@ def test_a_palette_is_nearest_and_its_means_are_means():                # argmax
 def test_points_in_cells_are_a_density():                               # log_volume; floor; + rand
     torch.manual_seed(0)
     whole = igpt.IGPT(igpt.Cells((2,), 8, 2.0), width=8, layers=1, heads=2)
-    torch.nn.init.normal_(whole.gpt.lm_head.weight, 0, 2.0)
+    torch.nn.init.normal_(whole.gpt.lm_head.weight, 0, 0.3)
     axis = (torch.arange(32) + 0.5) / 8 - 2
     grid = torch.cartesian_prod(axis, axis)
     close((whole.log_prob(grid).exp().sum() / 64).detach(), torch.tensor(1.0))
@@ -348,8 +348,8 @@ def test_training_learns_a_language(mixer):                             # the si
     model = tiny(mixer, width=16)
     pattern = torch.randint(2, (1, 1, 4, 6)) * 2.0 - 1
     batches = itertools.repeat(torch.cat([pattern, -pattern]).repeat(4, 1, 1, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    rows = [row["loss"].item() for row in igpt.train(model, optimizer, batches, 60, 1e-2)]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-2)
+    rows = [row["loss"].item() for row in igpt.train(model, optimizer, batches, 90, 3e-2)]
     assert abs(rows[0] - math.log(16)) < 1e-6 and 6 * rows[-1] < math.log(2) + 0.4     # one bit an image is left
 
 

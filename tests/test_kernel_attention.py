@@ -160,7 +160,7 @@ def test_kernel_attention_writes_all_of_its_output_and_no_more(monkeypatch):    
     o, grads = gradients(attention.CausalAttention.apply, (q, k, v), weight)
     for mine, wanted in zip((o, *grads), (exact[0], *exact[1])):
         close(mine, wanted, 5e-3 if GPU else 5e-6)
-    assert len(guards) == 5 and all((guard == -7).all() for guard in guards)
+    assert len(guards) >= 5 and all((guard == -7).all() for guard in guards)
 
 
 # ---- what must not be seen
