@@ -549,9 +549,9 @@ def main():
                   "conditional": (False, "a start token for each class"), "size": (0, "of images; 0 keeps theirs")},
         sampling={"temperature": (1.0, "of sampling; 0: the most likely"), "top_k": (0, "likeliest tokens; 0: all"),
                   "top_p": (1.0, "least probability of those kept"), "nll_rows": (2000, "held-out examples measured"),
-                  "probe_rows": (5000, "training images of the linear probe; 0: none")},
-        images={"steps": 3000, "batch": 32, "lr": 1e-3, "width": 128, "layers": 4, "heads": 4, "samples": 500,
-                "dropout": 0.1})
+                  "probe_rows": (5000, "training images of the linear probe")},
+        images={"steps": 4000, "batch": 32, "layers": 4, "samples": 500, "mnist": {"steps": 6000},
+                "hoda": {"steps": 6000}})
     with run.Run(args) as job:
         if args.top_p > 1:
             raise ValueError(f"--top-p is a probability; got {args.top_p}")

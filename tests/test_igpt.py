@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import baselines
 import data
 import igpt
+import judges
 
 seeds = st.integers(0, 999)
 close = torch.testing.assert_close
@@ -405,22 +406,40 @@ def test_main_on_points(mixer, cli):
     assert {"klh", "kl", "nll", "tokens_per_second"} <= metrics.keys() and metrics["kl"]["value"] > 0
 
 
-def test_main_on_images_completes_and_probes(cli):
-    args = ["--dataset", "persian", "--size", 8, "--steps", 2, "--batch", 4, "--samples", 20, "--width", 16, "--layers", 1,
-            "--heads", 2, "--nll-rows", 20, "--probe-rows", 60, "--conditional"]
-    status, error, out = cli(igpt, *args)
+@pytest.mark.parametrize("levels, channels", [(2, 1), (256, 3)])
+def test_main_on_images_completes_and_probes(levels, channels, cli, monkeypatch):      # a baseline left out; mean for sum
+    x, y = torch.randint(levels, (80, channels, 8, 8), generator=rng(0)).to(torch.uint8), torch.arange(80) % 2
+    monkeypatch.setattr(data, "load", lambda *a, **k: data.Images("persian", x, y, x[:40], y[:40], levels, ("a", "b")))
+    monkeypatch.setattr(judges, "images", lambda *a: {})                # it trains a classifier
+    status, error, out = cli(igpt, "--dataset", "persian", "--steps", 2, "--batch", 4, "--samples", 10, "--width", 16, "--layers",
+                             1, "--nll-rows", 20, "--probe-rows", 60, "--colours", 4)
     assert not status, error
     folder = out / "igpt-attention-persian"
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    assert {"bits_per_dim", "bits_per_dim_uniform", "bits_per_dim_independent", "bits_per_dim_context", "nll", "label_agreement",
-            "probe_layer_0"} <= metrics.keys()
-    assert metrics["bits_per_dim_uniform"]["value"] == 1 and (folder / "completions.png").is_file()
+    name = "bits_per_dim" if levels == 2 else "bits_per_token"
+    wanted = {name, f"{name}_uniform", f"{name}_independent", f"{name}_context", "probe_layer_0", "probe_layer_1"}
+    assert wanted | {"nll" if levels == 2 else "distortion"} <= metrics.keys()
+    assert abs(metrics[name]["value"] - metrics[f"{name}_uniform"]["value"]) < 0.05        # two steps from uniform
+    assert metrics[f"{name}_uniform"]["value"] == (1 if levels == 2 else 2) and (folder / "completions.png").is_file()
 
 
 def test_main_says_what_is_wrong(cli):                                  # no raise: a traceback
     for options, words in [(["--tokens", "grey"], "for points"), (["--top-p", "1.5"], "probability")]:
         status, error, _ = cli(igpt, "--dataset", "gmm", "--steps", 1, *options)
         assert status == 2 and words in error and "Traceback" not in error
+
+
+@mixers
+def test_a_class_is_drawn_when_named_and_classes_are_even_when_not(mixer):             # labels of another part
+    torch.manual_seed(0)
+    model = tiny(mixer, shape=(1, 2, 4), conditional=True, classes=2)
+    torch.nn.init.normal_(model.gpt.wte.weight, 0, 3.0)
+    torch.nn.init.normal_(model.gpt.lm_head.weight, 0, 3.0)
+    first = lambda x: model.language.tokens(x)[:, 0]
+    shares = lambda x: torch.bincount(first(x), minlength=16) / len(x)
+    one, two = (shares(model.of_class(torch.full((2000,), c))) for c in (0, 1))
+    assert (one - two).abs().sum() > 0.5
+    assert (shares(model.sample(2000, rows=301)) - (one + two) / 2).abs().max() < 0.06
 
 
 def test_the_drawn_digits_are_tokens_without_loss():
