@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import diffusion, langevin, quantize  # noqa: E402
+from . import attention, diffusion, langevin, quantize, scan  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -40,7 +40,10 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop", "instructions")
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
 TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64", y_ptr="*i64") | dict.fromkeys(
-    ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny"), "fp32")
+    ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny", "scale"), "fp32") | dict(
+    length_ptr="*i32") | dict.fromkeys(
+    [f"{name}_ptr" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv")], "*bf16")
+ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
 NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128 logits",)        # that one has a budget alone
 IMAGES = diffusion.step_kernel, langevin.update_kernel
 
@@ -74,6 +77,20 @@ def configurations():
             config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
             options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
             table[f"nearest D{D}", target] = quantize.nearest_kernel, dict(D=D, stride_d=1, **config), options
+        for D in (32, 64, 128):
+            for which in ("forward", "keys", "queries"):
+                config = attention.attention_config(which, D, 2, target in AMD)
+                options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+                kernel = {"forward": attention.attention_kernel}.get(which) or getattr(attention, f"{which}_kernel")
+                constants = dict(D=D, PRECISION="ieee", **config)
+                table[f"attention D{D} {which}", target] = kernel, constants, options
+        options = dict(num_warps=4, num_stages=1 if target in AMD else 2)
+        table["decode D64", target] = attention.decode_kernel, dict(D=64, BT=32, BD=64, SPAN=128), options
+        table["merge D64", target] = attention.merge_kernel, dict(D=64, BD=64, BS=8), dict(num_warps=1)
+        constants = scan.scan_config(16) | dict(E=256, N=16)
+        options = dict(num_warps=constants.pop("num_warps"))
+        table["scan", target] = scan.scan_kernel, constants | dict(KEEP=True), options
+        table["scan back", target] = scan.scan_back_kernel, constants, options
         table["centre", target] = quantize.centre_kernel, dict(D=64, BK=32, BD=64), dict(num_warps=4)
     for target in ("sm_90", "gfx942"):
         chain("chain 128 D16", target, 128, 16, True)
@@ -98,7 +115,7 @@ def compiled(kernel, constants, options, target):
             signature[name] = TYPES.get(name, "*fp32")
             pointers[i,] = [["tt.divisibility", 16]]
         else:
-            if name == "stride_n" or name == "n" and kernel in IMAGES:                      # a row's, an image's size
+            if name in ALIGNED or name in "nT" and kernel in (*IMAGES, attention.decode_kernel):
                 pointers[i,] = [["tt.divisibility", 16]]
             signature[name] = TYPES.get(name, "i32")
     source = ASTSource(kernel, signature, constants, pointers)
@@ -184,7 +201,7 @@ def faults(name, target, n, budget):
             yield f"{key} {n[key]} over the hardware's {limits.get(key, 0)}"
     if n["instructions"] < 100:
         yield f"{n['instructions']} instructions: an empty program"
-    if name not in ("step", "centre", "update") and target not in AMD and not n["loop"]:
+    if name not in ("step", "centre", "update", "merge D64") and target not in AMD and not n["loop"]:
         yield "no loop found in the machine code"
     if target in NO_SPILL_IN_LOOP and name not in SOME_SPILL and n["in_loop"]:
         yield f"{n['in_loop']} spills in the loop"

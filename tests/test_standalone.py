@@ -44,6 +44,17 @@ for name in {names}:
     x = average.eval().sample(5)
     assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+IGPT = """
+import torch
+import igpt as m
+for mixer in m.MIXERS:
+    model = m.IGPT(m.{language}, width=8, layers=1, heads=2, mixer=mixer)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = iter([torch.rand(8, *model.language.shape)] * 3)
+    losses = [row["loss"].item() for row in m.train(model, optimizer, batches, 3, 1e-3)]
+    x = model.sample(5)
+    assert len(losses) == 3 and x.shape == (5, *model.language.shape) and x.isfinite().all()
+"""
 EBM = """
 import copy, torch
 import ebm as m
@@ -61,6 +72,7 @@ for name in m.MODELS:
     assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
 USES = {
+    "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
     "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
     "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
             GAN.format(names="m.MODELS", shape=(1, 9, 9), network="conv")],
@@ -98,5 +110,5 @@ def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours
 
 
 def test_every_script_is_tried_here():
-    shared = {"data", "formats", "shapes", "metrics", "judges", "latents", "run"}
+    shared = {"baselines", "data", "formats", "shapes", "metrics", "judges", "latents", "run"}
     assert {p.stem for p in ROOT.glob("*.py")} - shared == set(USES)
