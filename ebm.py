@@ -562,8 +562,8 @@ def main():
 
         began, seen, n = time.perf_counter(), [], args.samples
         rows, parts = (n, 24) if points else (100, 12)
-        for i in range(0, n, rows):
-            states = average.sample(min(rows, n - i), args.sample_steps, hot=args.hot, parts=parts)
+        for y in (torch.arange(n, device=job.device) % model.classes).split(rows):            # all classes in turn
+            states = average.sample(len(y), args.sample_steps, y if model.conditional else None, None, args.hot, parts)
             seen.append([x.cpu() for x in states])
         frames = {f"step {round(k * args.sample_steps / parts)}": x for k, x in enumerate(seen[0])}
         samples, seconds = torch.cat([states[-1] for states in seen]), time.perf_counter() - began
