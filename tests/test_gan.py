@@ -152,7 +152,7 @@ def test_the_penalty_is_taken_at_a_point_of_its_own_for_each_example(n, seed):  
 # ---- styles
 
 
-@given(st.integers(1, 4), st.sampled_from([1, 3]), seeds)
+@given(st.integers(1, 4), st.sampled_from([1, 3, 5]), seeds)
 def test_modulation_of_images_is_modulation_of_weights(n, k, seed):     # rsqrt -> sqrt; the padding; style on the outputs
     g = rng(seed)
     x, weight = torch.randn(n, 3, 5, 6, generator=g), torch.randn(4, 3, k, k, generator=g)
@@ -290,6 +290,18 @@ def test_the_mean_style_is_a_moving_mean_in_training_alone():           # 0.005;
     close(model.generator.mean_w, want.detach())
 
 
+def test_blocks_of_the_style_discriminator_are_residual():   # the skip left out; the root of 2
+    D, x = gan.StyleDiscriminator((1, 16, 16), 8), torch.randn(3, 1, 16, 16)
+    for layer in D.wider:
+        torch.nn.init.zeros_(layer.weight)
+    h = gan.lrelu(D.first(x))
+    for skip in D.skips:
+        h = F.avg_pool2d(skip(h), 2) / math.sqrt(2)
+    h = gan.lrelu(D.last(gan.minibatch_stddev(h)))
+    close(D(x), D.head(gan.lrelu(D.hidden(h.flatten(1))))[:, 0])
+    assert D(x).std() > 0
+
+
 def test_styles_do_not_know_the_size_of_z(style):           # rms_norm left out
     z = torch.randn(4, 5)
     close(style.generator.styles(z), style.generator.styles(7 * z))
@@ -395,6 +407,10 @@ def test_ladder_halves_and_doubles():                       # > for >=; 2 ** k w
     assert gan.ladder((1, 30, 1), 4, 8)[0][-1] == (7, 1)
 
 
+def test_images_grow_from_sides_of_at_most_four():          # most of 5
+    assert make("gan", (1, 10, 10)).generator[1].unflattened_size[1:] == (2, 2)
+
+
 def test_waves_keep_the_points():                           # cos for sin; frequencies
     x = torch.randn(4, 2)
     waves = [x, torch.sin(2 * x), torch.cos(2 * x), torch.sin(4 * x), torch.cos(4 * x),
@@ -414,7 +430,8 @@ def test_dcgan_normalises_all_but_the_first_and_the_last_layer():       # norm a
     assert [name for name, found in critics.items() if "BatchNorm2d" in found] == ["wgan"]      # [4] section 4
     weights = torch.cat([p.flatten() for p in model.parameters() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
-    assert all((p == 1).all() for n, p in model.named_parameters() if "BatchNorm" in n and n.endswith("weight"))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == 5 and all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
     calls = []
     model.discriminator.register_forward_hook(lambda m, x, out: calls.append(len(out)))
     d_loss(model, batch_of(model))
@@ -628,6 +645,11 @@ def test_identity_translators_lose_nothing_but_the_game():  # x and y swapped; a
     close(row["g_loss"], fooled)
     want = 0.5 * ((0.3 * mean(a) - 1).square() + (0.3 * mean(b)).square() + (0.8 * mean(b) - 1).square() + (0.8 * mean(a)).square())
     close(d_loss(model, (a, b))["d_loss"], want.mean())
+
+
+def test_patches_have_a_score_each():                       # two scores; a border of two
+    model = make("cyclegan", (1, 16, 16))
+    assert all(D(torch.randn(2, 1, 16, 16)).shape == (2, 1, 8, 8) for D in model.discriminator.values())
 
 
 def test_cycles_and_identities_are_weighed():               # ab for ba; the weights swapped
