@@ -44,7 +44,7 @@ TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="
     length_ptr="*i32") | dict.fromkeys(
     [f"{name}_ptr" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv")], "*bf16")
 ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
-NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128 logits",)        # that one has a budget alone
+NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128", "langevin 128 logits")        # these have budgets alone
 IMAGES = diffusion.step_kernel, langevin.update_kernel
 
 
@@ -59,7 +59,7 @@ def configurations():
         table[name, target] = diffusion.chain_kernel, constants, options
 
     def langevin_chain(name, target, H, L, C, fast=True):
-        config = langevin.langevin_config(H, L, LIMITS[target]["shared"], target in AMD)
+        config = langevin.langevin_config(H, L, LIMITS[target]["shared"], target in AMD, target == "sm_100")
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         constants = dict(D=2, H=H, L=L, C=C, LABELS=C > 1, CLIP=True, BOUND=True, NOISE=True,
                          FAST=fast and target not in AMD, **config)

@@ -296,7 +296,7 @@ def update_kernel(x_ptr, g_ptr, new_ptr, n, step, k0, k1, A, B, clip, bound,
 # ---- launchers: static tables, no autotune
 
 
-def langevin_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
+def langevin_config(H: int, L: int, shared: int, amd: bool, blackwell: bool = False) -> dict | None:
     """How to launch langevin_kernel with `shared` bytes of shared memory a block to be had; None if it cannot be."""
     if H not in (16, 32, 64, 128) or L * H > 256:
         return None
@@ -304,7 +304,8 @@ def langevin_config(H: int, L: int, shared: int, amd: bool) -> dict | None:
     reload = L * layer + 24_576 > shared or (amd and H > 64)
     if reload and layer + 24_576 > shared:
         return None
-    return dict(BN=64, RELOAD=reload, num_warps=4, num_stages=1)
+    narrow = blackwell and H == 128                                     # 64 rows overfill tensor memory in Triton 3.6
+    return dict(BN=32 if narrow else 64, RELOAD=reload, num_warps=4, num_stages=1)
 
 
 def _config_for(x: Tensor, H: int, L: int) -> dict | None:
@@ -312,7 +313,7 @@ def _config_for(x: Tensor, H: int, L: int) -> dict | None:
         return langevin_config(H, L, 1 << 20, False)                    # interpreted
     device = torch.cuda.get_device_properties(x.device)
     shared = getattr(device, "shared_memory_per_block_optin", 0) or 65_536
-    return langevin_config(H, L, shared, AMD) if H >= 64 else None
+    return langevin_config(H, L, shared, AMD, not AMD and device.major >= 10) if H >= 64 else None
 
 
 def _padded(tensor: Tensor, *shape: int, value: float = 0.0) -> Tensor:
