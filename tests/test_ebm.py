@@ -239,7 +239,7 @@ def test_gaussians_have_the_moments_of_their_classes(seed):             # n for 
     ((0.1, 1.0), ""), ((0.1, 1.0, 0.02, 3.0), ""), ((5.9, 1.0), ""), ((6.1, 1.0), "diverged"), ((-6.1, 1.0), "diverged"),
     ((-85.0, 1.0, 35.0, 3.0), "diverged"), ((0.1, 1.0, 3.1, 3.0), "diverged"), ((math.nan, 1.0), "diverged"), ((0.1, 1.0, math.nan, 3.0), "diverged"),
     ((0.01, 1.0, 0.32, 3.0), "stuck"), ((0.6, 1.0, 0.32, 3.0), ""), ((0.4, 1.0, 0.11, 3.0), "stuck"), ((0.0, 1.0, 0.1, 3.0), ""),
-    ((0.0, 1.0, math.inf), "diverged")])
+    ((0.0, 1.0, math.inf), "diverged"), ((0.7, 2.0, 0.32, 3.0), "stuck"), ((0.3, 0.5, 0.32, 3.0), "")])
 def test_trouble_is_told_apart(arguments, word):                        # kl of a good run; a gap that lies; an infinite kl
     assert ebm.trouble(*arguments).partition(":")[0] == word
 
@@ -270,6 +270,38 @@ def test_the_plain_loops_draw_anew_at_each_step():                      # one se
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.1
     assert a.mean().item() == pytest.approx(-0.5, abs=0.2) and a.std().item() == pytest.approx(2, abs=0.1)
     close(ebm.langevin_step_plain(x, g, 0.5, 0.0, 3, 0, 0.4, 0.1), x - 0.1)
+
+
+def test_the_plain_loops_follow_their_seed():                           # the seed left out; few of them
+    network = [torch.zeros(shape) for shape in ((2, 0), (0,), (4, 2), (4,), (0, 4, 4), (0, 4), (1, 4), (1,))]
+    x, table = torch.zeros(50, 2), torch.tensor([[0.1, 1.0]])
+    for draw in (lambda seed: ebm.langevin_chain_plain(x, network, table, seed), lambda seed: ebm.langevin_step_plain(x, x, 0.1, 1.0, seed, 0)):
+        seen = [draw(seed) for seed in (3, 4, 3 + 2 * 63)]
+        assert torch.equal(draw(3), seen[0])
+        assert all((a != b).all() for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("options, steps", [({}, 5), ({"chain": 3}, 3), ({"chain": 3, "inner": 2}, 6)])
+def test_a_draw_takes_as_many_steps_as_asked(options, steps, monkeypatch):          # another default; inner left out
+    model, taken = make(jumps=0, **options), []
+    monkeypatch.setattr(model, "walk", lambda x, y, noises: taken.append(noises) or x)
+    model.negatives(4, torch.zeros(4, dtype=torch.long), None)
+    close(taken[0], torch.full((steps,), model.noise))
+
+
+def test_starts_and_schedules_are_told_apart():                         # the first state for the last; one noise for both
+    torch.set_default_dtype(torch.float32)
+    model, truth = make("jem", step=1e-3, jumps=0, init="gaussians", base=0.0, buffer=1000), data.load("gmm")
+    model.means.copy_(torch.randn(3, 2))
+    for p in model.network.parameters():
+        torch.nn.init.zeros_(p)                                         # noise alone moves the chains
+    found = ebm.compare(model, truth, 1000, 4)
+    starts = ("noise", "data", "buffer", "gaussians")
+    assert set(found) == {f"{s}, {r}" for s in starts for r in ("as it is", "hot 1", "hot 10")}
+    for s in starts:
+        inside = (found[f"{s}, as it is"].abs() < 2).all(1)
+        moved = [(found[f"{s}, {r}"] - found[f"{s}, as it is"])[inside].std().item() for r in ("hot 1", "hot 10")]
+        assert moved[0] == pytest.approx(2 * model.noise, rel=0.1) and 5 < moved[1] / moved[0] < 6.3      # 5.65: the root of (1 + 10^(2/3) + 10^(4/3) + 100) / 4
 
 
 def test_the_waves_are_sines_and_cosines_of_each_coordinate():          # repeat for repeat_interleave; another period
