@@ -60,11 +60,11 @@ def log_z(energy, half_width: float = 6.0, cells: int = 480, device="cpu") -> fl
     return float(values.logsumexp(0)) + 2 * math.log(2 * half_width / cells)
 
 
-def gradient(energy, x: Tensor, *others: Tensor) -> Tensor:
-    """dE/dx, as x, of energy(x, *others). No parameter's .grad is touched."""
+def gradient(energy, x: Tensor) -> Tensor:
+    """dE/dx, as x. No parameter's .grad is touched."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(energy(x, *others).sum(), x)[0]
+        return torch.autograd.grad(energy(x).sum(), x)[0]
 
 
 # ---- maths: one step of a chain
@@ -345,15 +345,15 @@ class EBM(nn.Module):
             chain = fused("langevin_chain", langevin_chain_plain)
             with torch.no_grad():
                 return chain(x, self.network.weights(), table, seed, y, base=self.base, **limits)
-        x, labels, slope = x.detach(), () if y is None else (y,), fused("energy_gradient", gradient)
-        update = fused("langevin_step", langevin_step_plain) if x.is_cuda else langevin_step_plain  # Philox is slow
+        plain, x = langevin_step_plain, x.detach()
+        update = fused("langevin_step", plain) if x.is_cuda else plain  # of normals: a CPU has torch's for less
         for k, (step, noise) in enumerate(table.tolist()):
             if k % self.inner == 0 and self.inner > 1:      # the gradient behind the first layer, for `inner` steps
                 with torch.no_grad():
                     h = self.network.first(x)
-                behind = slope(lambda h, *y: energy_of(self.network.rest(h), *y), h, *labels)
-            g = (slope(lambda x, *y: energy_of(self.network(x), *y), x, *labels) if self.inner == 1
-                 else slope(lambda x, behind: behind * self.network.first(x), x, behind))
+                behind = gradient(lambda h: energy_of(self.network.rest(h), y), h)
+            g = (gradient(lambda x: energy_of(self.network(x), y), x) if self.inner == 1
+                 else gradient(lambda x, behind=behind: behind * self.network.first(x), x))
             with torch.no_grad():
                 x = update(x, g, step, noise, seed, k, **limits)
         return x

@@ -22,7 +22,6 @@ _HOME = {
     "langevin_chain_reference": "langevin",
     "langevin_step": "langevin",
     "langevin_step_reference": "langevin",
-    "energy_gradient": "langevin",
     "nearest_code": "quantize",
     "nearest_code_reference": "quantize",
     "causal_attention": "attention",

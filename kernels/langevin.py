@@ -19,7 +19,6 @@ through all steps in preallocated buffers with no autograd graph: silu's slope i
 
 `langevin_step`: x <- clamp(x - A clip(g) + B z) for the gradient g of a convolutional energy: 12 bytes an fp32 element
 (eager: 8 to 12 an operation). That network's two passes take most of such a step: this saves the rest alone.
-`energy_gradient` is that g; on a CPU each thread takes its part of the batch through both passes.
 
 Limits. No gradients through a chain. The kernel: H = 64 or 128 (16 and 32 too when interpreted), D = 1..4, D + E <= 16,
 C <= 16, L H <= 256, activations within fp16's 65504. The CPU path takes any size and the dtype of x.
@@ -135,21 +134,6 @@ def _chain_torch(x, network, coefficients, seed, y, first, base, clip, bound) ->
 def _step_torch(x, g, A, B, seed, step, clip, bound) -> Tensor:
     new = diffusion._step_torch(x, g, (0.0, 1.0, -A, 1.0, B), seed, step, clip)    # g is its x_0
     return new if bound is None else new.clamp_(-bound, bound)
-
-
-def energy_gradient(energy, x: Tensor, *others: Tensor) -> Tensor:
-    """d sum energy(x, *others) / dx, as x, for an energy that judges each row of x and of the others alone. No
-    parameter's .grad is touched."""
-    out = torch.empty_like(x)
-
-    def work(row, part, stop):
-        rows = slice(row, row + len(part))
-        with torch.inference_mode(False), torch.enable_grad():
-            part = x[rows].detach().requires_grad_()
-            (out[rows],) = torch.autograd.grad(energy(part, *(other[rows] for other in others)).sum(), part)
-
-    in_tiles(work, x, len(x))
-    return out
 
 
 # ---- Triton

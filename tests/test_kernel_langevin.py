@@ -274,20 +274,3 @@ def test_kernel_langevin_on_the_gpu_equals_the_reference(H, C, labels):
     truth = exact(arguments, 5, **options)
     for fast in (False, True):
         assert (interpreted(arguments, 5, fast=fast, **options) - truth).abs().quantile(0.99) < 2e-2
-
-
-@pytest.mark.parametrize("N", [1, 5, 64])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_kernel_langevin_gradient_in_parts_is_the_gradient(N, threads):   # the labels of another part; the last rows left
-    weight = torch.randn(4, 6, requires_grad=True)
-    x, y = torch.randn(N, 6), torch.randint(4, (N,))
-    energy = lambda x, y: (x @ weight.T).sin().gather(1, y[:, None])[:, 0]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = langevin.energy_gradient(energy, x, y)
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found, (x * weight[y]).sum(1).cos()[:, None] * weight.detach()[y])
-    assert weight.grad is None and not found.requires_grad and not found.is_inference()
-    assert torch.equal(langevin.energy_gradient(lambda x: x.square(), x[:0]), x[:0])
