@@ -20,6 +20,7 @@ from metrics import bits_per_dim, grid_picture, metric
 
 # ---- counted
 
+
 def independent_nll(seen: Tensor, x: Tensor, K: int) -> Tensor:
     """(B,) nats of x (B, T) when each place has its own counted distribution over K, from seen (N, T)."""
     counts = torch.stack([(seen == k).sum(0) for k in range(K)], 1) + 0.5                     # (T, K)

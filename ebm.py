@@ -210,7 +210,7 @@ def mlp_plain(x, frequencies, phases, w_in, b_in, w_hidden, b_hidden, w_out, b_o
 
 class PointLogits(nn.Module):
     """Points (B, D) -> (B, C). Sines and cosines of 1/2, 3/2, 9/2 times each coordinate: a well of width 0.1 wants the
-    last; the first comes again 4 pi away, where `base` holds it (2 pi, and a copy of the data leaks mass: KL 0.27)."""
+    last; the first comes again 4 pi away, where `base` holds it: 2 pi away a copy of the data would hold mass."""
 
     def __init__(self, dim: int, classes: int, width: int = 128, depth: int = 2, waves: int = 3):
         super().__init__()
@@ -504,7 +504,7 @@ def main():
                   "noise": (0.0, "of a step, whatever T would say; 0: as T says"),
                   "chain": (5, "gradients of the whole network a draw"), "inner": (1, "steps with each, of images [5]"),
                   "buffer": (1024, "chains kept"), "reinit": (0.0, "share of the chains started anew"),
-                  "jumps": (4, "Metropolis proposals of noise a draw, for points"),
+                  "jumps": (4, "Metropolis proposals of noise a draw, for points; 0: none"),
                   "init": ("", "where chains start; default: noise, jem++ gaussians",
                            ["", "noise", "data", "gaussians"]),
                   "clip": (0.0, "of each gradient's coordinate, 0: none"), "l2": (0.0, "weight of squared energies"),

@@ -532,7 +532,6 @@ def evaluate(model: IGPT, x: Tensor, labels: Tensor | None = None, rows: int = 5
 
 
 def main():
-    import sys
     import time
 
     import baselines
@@ -540,9 +539,8 @@ def main():
     import metrics
     import run
 
-    sys.argv = [word.replace("--mixer", "--model") for word in sys.argv]
     args = run.parse(
-        __doc__, MIXERS, steps=4000, batch=512, lr=2e-3,
+        __doc__, MIXERS, alias={"model": "--mixer"}, steps=4000, batch=512, lr=2e-3,
         training={"tokens": ("auto", "of an example", ["auto", *LANGUAGES]), "cells": (256, "of a coordinate"),
                   "colours": (32, "of the palette"), "width": (64, "of the stream"), "layers": (2, "of them"),
                   "heads": (2, "of attention"), "dropout": (0.0, "share of the stream dropped in training"),

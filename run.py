@@ -55,13 +55,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", steps: int, batch: int, lr: float,
-          training: dict | None = None, sampling: dict | None = None, images: dict | None = None, reads=(), argv=None):
+          training: dict | None = None, sampling: dict | None = None, images: dict | None = None, reads=(),
+          alias: dict | None = None, argv=None):
     """Namespace of the options that every script has and its own.
 
     `training` and `sampling` map a name to (default, help) or (default, help, choices); a checkpoint remembers the
     first, and --resume insists on them. `images` holds other defaults for sets of images, under the name of a model
     what that one wants there, and under the name of any set what is wanted for it; `reads` names the sibling scripts
-    whose checkpoints --ckpt takes as well."""
+    whose checkpoints --ckpt takes as well, `alias` a second flag of an option. A count is 1 or more, unless its help
+    says what "0:" means."""
     import data
 
     training, sampling, images = training or {}, sampling or {}, images or {}
@@ -93,7 +95,8 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
         else:
             kind = str if default is None else type(default)
-            parser.add_argument(flag, type=kind, default=None, help=shown, choices=choices[0] if choices else None,
+            flags = [flag, alias[name]] if name in (alias or {}) else [flag]
+            parser.add_argument(*flags, type=kind, default=None, help=shown, choices=choices[0] if choices else None,
                                 metavar=None if choices else name.upper())
     args = parser.parse_args(argv)
     remembered = ["model", "dataset", "steps", "batch", "lr", "seed", *training]
@@ -119,12 +122,12 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     for name, (default, *_) in (common | training | sampling | output).items():
         if getattr(args, name) is None:
             setattr(args, name, preset.get(name, default))
-    for name, (default, *_) in (common | training | sampling | output).items():
+    for name, (default, text, *_) in (common | training | sampling | output).items():
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if name in ("steps", "batch", "lr", "samples") and not 0 < value < math.inf:
                 parser.error(f"{flag} must be above 0; got {value}")
-            if isinstance(default, int) and default > 0 and value < 1:
+            if isinstance(default, int) and default > 0 and value < 1 and "0:" not in text:
                 parser.error(f"{flag} must be at least 1; got {value}")
             if not 0 <= value < math.inf and name != "seed":
                 parser.error(f"{flag} must be a number of 0 or more; got {value}")

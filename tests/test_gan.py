@@ -736,7 +736,8 @@ def test_a_run_leaves_its_numbers(cli, quick, name, dataset, options):
 
 @pytest.mark.parametrize("name, dataset", [("wgan-gp", "gmm"), ("cyclegan", "persian"), ("stylegan", "persian")])
 def test_resume_is_bit_for_bit(resumed, quick, name, dataset):          # the pool, mean_w, optimisers not kept
-    resumed(gan, "--model", name, "--dataset", dataset, "--batch", 4, "--width", 8, "--channels", 4, "--samples", 60)
+    whole, broken = resumed(gan, "--model", name, "--dataset", dataset, "--batch", 4, "--width", 8, "--channels", 4, "--samples", 60)
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[key], broken[key]) for key in whole)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -274,3 +274,8 @@ def test_kernel_langevin_on_the_gpu_equals_the_reference(H, C, labels):
     truth = exact(arguments, 5, **options)
     for fast in (False, True):
         assert (interpreted(arguments, 5, fast=fast, **options) - truth).abs().quantile(0.99) < 2e-2
+
+
+def test_kernel_langevin_takes_fewer_rows_where_tensor_memory_is_short():         # 64 rows at width 128 on Blackwell
+    rows = lambda H, blackwell: langevin.langevin_config(H, 2, 232_448, False, blackwell)["BN"]
+    assert (rows(128, True), rows(128, False), rows(64, True)) == (32, 64, 64)
