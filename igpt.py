@@ -267,7 +267,7 @@ class Layer(nn.Module):
         self.c_proj = Conv1D(4 * width, width, 0.02 / (2 * options["layers"]) ** 0.5)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x)))
 
     def forward(self, x: Tensor, memory=None, start: int = 0) -> Tensor:
         x = x + self.drop(self.mixer(self.ln_1(x), memory, start))
