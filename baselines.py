@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import judges
-from metrics import bits_per_dim, grid_picture, metric
+from metrics import bits_per_dim, exact_kl, grid_picture, metric
 
 # ---- counted
 
@@ -72,18 +72,25 @@ def probe(features: Tensor, labels: Tensor, asked: Tensor, steps: int = 100) -> 
 # ---- the report of igpt.py
 
 
-def report(model, nll: Tensor, x: Tensor, truth, folder, probe_rows: int, seen: int = 10_000) -> dict[str, dict]:
-    """Likelihood of held-out x beside its baselines, distortion where tokens lose something, the linear probe, and
-    completions.png: upper halves, and what the model draws below them."""
-    language, device = model.language, x.device
-    known = truth.sample(seen, torch.Generator().manual_seed(0), split="train").to(device)
+def report(model, evaluate, truth, job, args, seconds: float) -> dict[str, dict]:
+    """Likelihood of args.nll_rows held-out examples beside its baselines, or for points the exact KL; distortion where
+    tokens lose something, the linear probe, and completions.png: upper halves, and what the model draws below them."""
+    language, device = model.language, job.device
+    x = truth.sample(args.nll_rows, **({"labels": True} if args.conditional else {}))
+    x, *labels = (v.to(device) for v in (x if args.conditional else (x,)))
+    nll = evaluate(model, x, *labels)
+    out = {"tokens_per_second": metric(args.samples * language.T / seconds, None, "1/s", "higher")}
+    if hasattr(truth, "log_prob"):
+        kl = exact_kl(model.log_prob, truth, language.K, language.reach, device)
+        return out | {"nll": metric(nll.mean(), truth.entropy, "nats"), "kl": metric(kl, 0, "nats")}
+    known = truth.scale(truth.train).to(device)
     known, asked = (language.pixels(language.tokens(part)) for part in (known, x))
     kinds, places = language.kinds, asked[0].numel()
     rivals = {"uniform": torch.full((1,), places * math.log(kinds)),
               "independent": independent_nll(known.flatten(1), asked.flatten(1), kinds),
               "context": context_nll(known, asked, kinds, max(2, int(15 / math.log2(kinds))))}
     name, unit = ("bits_per_dim", "bits") if language.exact else ("bits_per_token", "bits a token (not of the pixels)")
-    out = {name: metric(bits_per_dim(float(nll.mean()), places), None, unit)}
+    out[name] = metric(bits_per_dim(float(nll.mean()), places), None, unit)
     out |= {f"{name}_{rival}": metric(bits_per_dim(float(value.mean()), places), None, unit)
             for rival, value in rivals.items()}
     if language.exact:
@@ -93,14 +100,14 @@ def report(model, nll: Tensor, x: Tensor, truth, folder, probe_rows: int, seen: 
         out["distortion"] = metric(error.square().mean().sqrt() * (truth.levels - 1) / 2, None, "levels, rms")
     if model.gpt.classes > 1:
         out |= judges.label_agreement(model, truth)
-    if probe_rows and truth.classes:
-        out |= probe_layers(model, truth, probe_rows, device)
+    if args.probe_rows and truth.classes:
+        out |= probe_layers(model, truth, args.probe_rows, device)
     half = truth.shape[1] // 2
     originals = x[:10]
     blank = originals.clone()
     blank[:, :, half:] = 0
     rows = [originals, blank, *(model.complete(originals, half) for _ in range(3))]
-    grid_picture(folder / "completions.png", torch.stack([row.cpu() for row in rows]),
+    grid_picture(job.folder / "completions.png", torch.stack([row.cpu() for row in rows]),
                  ["held out", "what it sees", "completed", "again", "again"], None, truth.levels)
     return out
 

@@ -1,12 +1,13 @@
 """Image GPT: an autoregressive model, that is the chain rule and a sequence mixer.
 
     log p(x) = sum_t log p(x_t | x_1 .. x_t-1),    p(x_t | .) = softmax(lm_head(ln_f(h_t)))                   [1] (1)
-    h <- h + mixer(ln_1(h)),    h <- h + mlp(ln_2(h)),    h_1 .. h_T = wte(start, x_1 .. x_T-1) + wpe           [2]
+    h <- h + mixer(ln_1(h)),    h <- h + mlp(ln_2(h)),    h_t = sum_l wte_l(x_t-l) + wpe_t, 0 < l                [2]
 
-An image is written as tokens in raster order and read as a sentence. Where the tokens keep all of it (bits, exact 2 x 2
-patches of bits, grey levels) the likelihood is that of the image, a sum over all of them would be 1, and it is given
-in nats an image and bits/dim. A palette of colours loses something: then it is bits/token, and the distortion is named.
-A point of the plane is a sentence of two tokens, its coordinates in cells: a density.
+GPT-2 and [1] read l = 1, the token before. Here a place is told those around it (`--no-near`: as there), which
+attention finds by itself, but late. An image is written as tokens in raster order and read as a sentence. Where these
+keep all of it (bits, exact 2 x 2 patches of bits, grey levels) the likelihood is that of the image, a sum over all of
+them would be 1, and it is given in nats an image and bits/dim. A palette of colours loses something: then it is
+bits/token, and the distortion is named. A point of the plane is two tokens, its coordinates in cells: a density.
 
 `--mixer` (or --model): attention [2, 3], whose memory is every token before, or mamba [4], whose memory is one state:
 
@@ -126,8 +127,8 @@ def scan_sequential(x, dt, A, B, C, h=None):
     """The definition: y (B, T, E) and the last h (B, E, N) from x, dt (B, T, E), B, C (B, T, N), a state at a time."""
     h = x.new_zeros(len(x), *A.shape) if h is None else h
     steps = []
-    for row in zip(*(v.unbind(1) for v in (x, dt)), *(v.unbind(1) for v in (B, C))):
-        y, h = scan_step(h, *row[:2], A, *row[2:])
+    for x_t, dt_t, B_t, C_t in zip(*(v.unbind(1) for v in (x, dt, B, C))):
+        y, h = scan_step(h, x_t, dt_t, A, B_t, C_t)
         steps.append(y)
     return torch.stack(steps, 1), h
 
@@ -190,9 +191,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Conv1D(width, width, 0.02 / (2 * layers) ** 0.5)
 
     def memory(self, n: int, T: int):
-        width, like = self.c_proj.weight.shape[0], self.c_proj.weight
-        k = like.new_empty(n, self.heads, width // self.heads, T)
-        return k, torch.empty_like(k.mT, memory_format=torch.contiguous_format)
+        D = self.c_proj.weight.shape[0] // self.heads
+        return [self.c_proj.weight.new_empty(n, self.heads, *shape) for shape in ((D, T), (T, D))]
 
     def forward(self, x: Tensor, memory=None, start: int = 0) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()    # (B, H, S, D)
@@ -253,7 +253,7 @@ class Mamba(nn.Module):
         past.copy_(torch.cat([past[:, 1:], u[:, None]], 1))
         dt, A, B, C = self.select(out)
         h.mul_((dt[..., None] * A).exp_()).addcmul_((dt * out)[..., None], B[:, None])
-        y = torch.bmm(h, C[..., None])[..., 0]
+        y = (h @ C[..., None])[..., 0]
         return self.out_proj(torch.addcmul(y, self.D, out) * F.silu(z))
 
 
@@ -279,35 +279,47 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """p(x_t | x_<t) over sentences of T tokens of K kinds. inputs (B, S) hold what stands before each place: the start
-    token of a class, K + class, and then the tokens but the last."""
+    """p(x_t | x_<t) over sentences of T tokens of K kinds. Inputs (B, S, lags) hold what stands `lags` before each
+    place; where no token does, the start token of the class, K + class."""
 
     def __init__(self, K: int, T: int, width: int = 128, layers: int = 4, heads: int = 4, mixer: str = "attention",
-                 classes: int = 1, dropout: float = 0.0):
+                 classes: int = 1, dropout: float = 0.0, lags=(1,)):
         super().__init__()
-        self.K, self.T, self.classes = K, T, classes
-        self.wte, self.wpe = nn.Embedding(K + classes, width), nn.Embedding(T, width)
-        nn.init.normal_(self.wte.weight, std=0.02)
-        nn.init.normal_(self.wpe.weight, std=0.02)
+        self.K, self.T, self.classes, self.lags = K, T, classes, lags
+        self.wte, self.wpe = nn.Embedding(len(lags) * (K + classes), width), nn.Embedding(T, width)
+        self.register_buffer("table", torch.arange(len(lags)) * (K + classes), persistent=False)
+        for table in (self.wte, self.wpe):
+            nn.init.normal_(table.weight, std=0.02)
         options = dict(mixer=mixer, heads=heads, layers=layers, dropout=dropout)
         self.h = nn.ModuleList(Layer(width, **options) for _ in range(layers))
         self.drop, self.ln_f, self.lm_head = nn.Dropout(dropout), nn.LayerNorm(width), nn.Linear(width, K, bias=False)
         nn.init.zeros_(self.lm_head.weight)                 # it starts as the uniform model
 
-    def start(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """(n, 1): the start tokens, of class 0 where none is named."""
-        return self.K + (self.wte.weight.new_zeros(n, dtype=torch.long) if labels is None else labels)[:, None]
+    def begin(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """(n, reach): the start token, of class 0 where none is named, as often as the longest lag asks for."""
+        labels = self.wte.weight.new_zeros(n, dtype=torch.long) if labels is None else labels
+        return (self.K + labels)[:, None].expand(-1, max(self.lags))
+
+    def inputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, S, lags) of the first S places from their tokens (B, S)."""
+        reach, past = max(self.lags), torch.cat([self.begin(len(tokens), labels), tokens], 1)
+        return torch.stack([past[:, reach - lag : past.shape[1] - lag] for lag in self.lags], 2)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """(..., lags) -> (..., width): each lag has a table of its own in wte."""
+        x = F.embedding_bag((inputs + self.table).view(-1, len(self.lags)), self.wte.weight, mode="sum")
+        return x.view(*inputs.shape[:-1], -1)
 
     def forward(self, inputs: Tensor, memory=None, start: int = 0) -> Tensor:
         """Logits (B, S, K) of the places from `start` on; memory: of what was read before, and is to be remembered."""
-        x = self.drop(self.wte(inputs) + self.wpe.weight[start : start + inputs.shape[1]])
+        x = self.drop(self.embed(inputs) + self.wpe.weight[start : start + inputs.shape[1]])
         for layer, kept in zip(self.h, memory or [None] * len(self.h)):
             x = layer(x, kept, start)
         return self.lm_head(self.ln_f(x))
 
-    def step(self, token: Tensor, memory, t: int) -> Tensor:
-        """Logits (B, K) of place t from the token before it, (B,), and the memory."""
-        x = self.wte.weight.index_select(0, token) + self.wpe.weight[t]
+    def step(self, inputs: Tensor, memory, t: int) -> Tensor:
+        """Logits (B, K) of place t from its inputs (B, lags) and the memory."""
+        x = self.embed(inputs) + self.wpe.weight[t]
         for layer, kept in zip(self.h, memory):
             x = layer.step(x, kept, t)
         return F.linear(self.ln_f(x), self.lm_head.weight)
@@ -317,12 +329,12 @@ class GPT(nn.Module):
 
     def nll(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """-log p(x_t | x_<t) in nats, (B, T)."""
-        logits = self(torch.cat([self.start(len(tokens), labels), tokens[:, :-1]], 1))
+        logits = self(self.inputs(tokens, labels))
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
     def features(self, tokens: Tensor) -> list[Tensor]:
         """(B, width) a layer: the mean over places of ln_1(h), and last of ln_f(h). [1] section 2.4"""
-        x = self.wte(torch.cat([self.start(len(tokens)), tokens[:, :-1]], 1)) + self.wpe.weight
+        x = self.embed(self.inputs(tokens)) + self.wpe.weight
         out = []
         for layer in self.h:
             out.append(layer.ln_1(x).mean(1))
@@ -334,21 +346,17 @@ class GPT(nn.Module):
         """(n, T) tokens after those of prompt (n, s); limits: temperature, top_k, top_p of `restrict`.
 
         log p + Gumbel noise is the largest with probability p, so a token is drawn by one argmax."""
-        first, memory = self.start(n, labels), self.memory(n)
-        s = 0 if prompt is None else prompt.shape[1]
-        tokens = first.new_empty(n, self.T)
-        if s:
-            tokens[:, :s] = prompt
-            self(torch.cat([first, prompt[:, :-1]], 1), memory)
-        token = prompt[:, -1] if s else first[:, 0]
+        begin, memory, s = self.begin(n, labels), self.memory(n), 0
+        past = torch.cat([begin, begin.new_empty(n, self.T)], 1)
+        if prompt is not None and (s := prompt.shape[1]):
+            self(self.inputs(prompt, labels), memory)
+            past[:, begin.shape[1] : begin.shape[1] + s] = prompt
+        before = begin.shape[1] - torch.tensor(self.lags, device=past.device)
         for t in range(s, self.T):
-            logits = self.step(token, memory, t)
-            if limits not in ({}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}):
-                logits = restrict(logits, **limits)
+            logits = restrict(self.step(past.index_select(1, before + t), memory, t), **limits)
             noise = torch.empty_like(logits).exponential_().log_()
-            token = torch.sub(logits, noise).argmax(1)
-            tokens[:, t] = token
-        return tokens
+            torch.argmax(logits.sub(noise), 1, out=past[:, begin.shape[1] + t])
+        return past[:, begin.shape[1] :]
 
 
 # ---- the family: what a token is
@@ -356,13 +364,16 @@ class GPT(nn.Module):
 
 class Language(nn.Module):
     """K kinds of tokens, T of them an example of `shape`: tokens(x), decode(tokens). pixels(tokens): symbols (B, H, W)
-    of `kinds` kinds, for tables. exact: nothing is lost."""
+    of `kinds` kinds, for tables. exact: nothing is lost. side: of a token, in pixels. lags: how far behind a place lie
+    those around it, two on its left, three above it, one above them."""
 
-    exact = True
+    exact, side = True, 1
 
-    def __init__(self, shape, K: int, T: int, kinds: int = 2):
+    def __init__(self, shape, K: int, kinds: int = 2):
         super().__init__()
-        self.shape, self.K, self.T, self.kinds = tuple(shape), K, T, kinds
+        self.shape, self.K, self.kinds = tuple(shape), K, kinds
+        self.T, row = math.prod(shape[1:]) // self.side**2, shape[2] // self.side
+        self.lags = tuple(sorted({1, 2, row - 1, row, row + 1, 2 * row} - {0}))
 
     def pixels(self, tokens: Tensor) -> Tensor:
         return tokens.view(len(tokens), *self.shape[1:])
@@ -377,7 +388,7 @@ class Grey(Language):
     """One token a pixel, its level."""
 
     def __init__(self, shape, levels: int):
-        super().__init__(shape, levels, math.prod(shape), levels)
+        super().__init__(shape, levels, levels)
 
     def tokens(self, x):
         return ((x + 1) * ((self.K - 1) / 2)).round().long().flatten(1)
@@ -389,9 +400,6 @@ class Grey(Language):
 class Bits(Grey):
     """One token a pixel of a binary image."""
 
-    def __init__(self, shape, levels: int = 2):
-        super().__init__(shape, 2)
-
     def tokens(self, x):
         return draw_bits(x).flatten(1)
 
@@ -399,8 +407,10 @@ class Bits(Grey):
 class Patches(Language):
     """One of 16 tokens for 2 x 2 pixels of a binary image: a quarter of the places for the same likelihood."""
 
+    side = 2
+
     def __init__(self, shape, levels: int = 2):
-        super().__init__(shape, 16, math.prod(shape) // 4)
+        super().__init__(shape, 16)
         if shape[1] % 2 or shape[2] % 2:
             raise ValueError(f"2 x 2 patches need even sides, not {shape[1]} x {shape[2]}: --tokens pixel, or --size")
 
@@ -420,7 +430,7 @@ class Palette(Language):
     exact = False
 
     def __init__(self, shape, K: int):
-        super().__init__(shape, K, math.prod(shape[1:]), K)
+        super().__init__(shape, K, K)
         self.register_buffer("palette", torch.zeros(K, shape[0]))
 
     def fit(self, x: Tensor):
@@ -438,7 +448,8 @@ class Cells(Language):
     """Each coordinate of a point in one of K equal cells of [-reach, reach], uniform inside: a density."""
 
     def __init__(self, shape, K: int, reach: float = 3.0):
-        super().__init__(shape, K, shape[0])
+        nn.Module.__init__(self)
+        self.shape, self.K, self.T, self.lags = tuple(shape), K, shape[0], (1,)
         self.reach, self.log_volume = reach, shape[0] * math.log(2 * reach / K)
 
     def tokens(self, x):
@@ -455,9 +466,10 @@ LANGUAGES = {"pixel": Bits, "patch": Patches, "grey": Grey, "palette": Palette, 
 class IGPT(nn.Module):
     """A language and the model of its sentences; x (B, *shape), pixels in [-1, 1]."""
 
-    def __init__(self, language: Language, **options):
+    def __init__(self, language: Language, near: bool = True, **options):
         super().__init__()
-        self.language, self.gpt = language, GPT(language.K, language.T, **options)
+        lags = language.lags if near else (1,)
+        self.language, self.gpt = language, GPT(language.K, language.T, lags=lags, **options)
 
     def loss(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Nats a token."""
@@ -519,24 +531,22 @@ def build(config: dict, shape, levels, classes=None) -> IGPT:
         raise ValueError(f"--tokens {name} is for one channel; {shape[0]} want --tokens palette")
     if config["conditional"] and not classes:
         raise ValueError("--conditional wants a set with classes")
-    language = LANGUAGES[name](shape, {"cells": config["cells"], "palette": config["colours"]}.get(name, levels))
-    return IGPT(language, width=config["width"], layers=config["layers"], heads=config["heads"], mixer=config["model"],
-                classes=classes if config["conditional"] else 1, dropout=config["dropout"])
+    kinds = {"pixel": 2, "cells": config["cells"], "palette": config["colours"]}.get(name, levels)
+    language = LANGUAGES[name](shape, kinds)
+    sizes = {name: config[name] for name in ("near", "width", "layers", "heads", "dropout")}
+    return IGPT(language, mixer=config["model"], classes=classes if config["conditional"] else 1, **sizes)
 
 
 @torch.inference_mode()
 def evaluate(model: IGPT, x: Tensor, labels: Tensor | None = None, rows: int = 50) -> Tensor:
     """-log p(x) in nats, (N,)."""
-    named = lambda i: None if labels is None else labels[i : i + rows]
-    return -torch.cat([model.log_prob(x[i : i + rows], named(i)) for i in range(0, len(x), rows)])
+    parts = [v.split(rows) for v in (x, labels) if v is not None]
+    return -torch.cat([model.log_prob(*part) for part in zip(*parts)])
 
 
 def main():
-    import time
-
     import baselines
     import data
-    import metrics
     import run
 
     args = run.parse(
@@ -544,6 +554,7 @@ def main():
         training={"tokens": ("auto", "of an example", ["auto", *LANGUAGES]), "cells": (256, "of a coordinate"),
                   "colours": (32, "of the palette"), "width": (64, "of the stream"), "layers": (2, "of them"),
                   "heads": (2, "of attention"), "dropout": (0.0, "share of the stream dropped in training"),
+                  "near": (True, "a place is told the tokens around it, not the last alone"),
                   "conditional": (False, "a start token for each class"), "size": (0, "of images; 0 keeps theirs")},
         sampling={"temperature": (1.0, "of sampling; 0: the most likely"), "top_k": (0, "likeliest tokens; 0: all"),
                   "top_p": (1.0, "least probability of those kept"), "nll_rows": (2000, "held-out examples measured"),
@@ -573,24 +584,14 @@ def main():
         model.eval()
 
         limits = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-        began = time.perf_counter()
         with job.bar(args.samples, "sampling") as bar:
             samples = []
             while (left := args.samples - bar.n) > 0:
                 samples.append(model.sample(min(left, 4096 if points else 128), **limits).cpu())
                 bar.update(len(samples[-1]))
-        seconds = time.perf_counter() - began
+            seconds = bar.format_dict["elapsed"]
         results, samples = job.judge(torch.cat(samples), truth)
-        results["tokens_per_second"] = metrics.metric(args.samples * language.T / seconds, None, "1/s", "higher")
-        x = truth.sample(args.nll_rows, **({"labels": True} if args.conditional else {}))
-        x, *labels = (v.to(job.device) for v in (x if args.conditional else (x,)))
-        nll = evaluate(model, x, *labels)
-        if points:
-            results["nll"] = metrics.metric(nll.mean(), truth.entropy, "nats")
-            kl = metrics.exact_kl(model.log_prob, truth, language.K, language.reach, job.device)
-            results["kl"] = metrics.metric(kl, 0, "nats")
-        else:
-            results |= baselines.report(model, nll, x, truth, job.folder, args.probe_rows)
+        results |= baselines.report(model, evaluate, truth, job, args, seconds)
         job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds)
 
 

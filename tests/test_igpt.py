@@ -31,7 +31,7 @@ def rng(seed):
 def model(mixer="attention", K=3, T=5, seed=0, **options):
     """A small model whose weights are large enough for every path to matter."""
     torch.manual_seed(seed)
-    gpt = igpt.GPT(K, T, **{"width": 8, "layers": 2, "heads": 2} | options, mixer=mixer)
+    gpt = igpt.GPT(K, T, **{"width": 8, "layers": 2, "heads": 2, "lags": (1, 2, 3)} | options, mixer=mixer)
     for name, p in gpt.named_parameters():
         if p.dim() > 1 and not name.endswith("A_log"):
             torch.nn.init.normal_(p, 0, 0.5)
@@ -77,7 +77,7 @@ def test_a_place_depends_on_all_before_it_and_on_none_after(mixer):     # is_cau
 @settings(max_examples=10)
 def test_a_token_changes_no_probability_up_to_its_own(mixer, t, seed):  # inputs without the start token
     gpt, tokens = model(mixer, T=7, seed=seed), sentences(2, 7, 3, seed)
-    logits = lambda tokens: gpt(torch.cat([gpt.start(2), tokens[:, :-1]], 1))
+    logits = lambda tokens: gpt(gpt.inputs(tokens))
     other = tokens.clone()
     other[:, t] = (tokens[:, t] + 1) % 3
     a, b = logits(tokens), logits(other)
@@ -93,6 +93,29 @@ def test_the_class_is_read_from_the_start_token(mixer):                 # start 
     close(gpt.nll(tokens), one)
 
 
+@pytest.mark.parametrize("kind, shape, row", [("patch", (1, 8, 12), 6), ("palette", (3, 6, 5), 5), ("pixel", (1, 7, 9), 9)])
+def test_a_place_is_told_what_lies_around_it(kind, shape, row):         # side**2 left out; row + 1 for row - 1; reach - 1
+    language = igpt.LANGUAGES[kind](shape, 4)
+    gpt = igpt.IGPT(language, width=8, layers=1, heads=2).gpt
+    tokens = torch.arange(2 * language.T).view(2, -1)                   # each its own name
+    inputs, grid = gpt.inputs(tokens), tokens.view(2, -1, row)
+    assert inputs.shape == (2, language.T, 6) and grid.shape[1] * row == language.T
+    for r, c in itertools.product(range(2, grid.shape[1]), range(2, row - 1)):
+        around = [(r, c - 1), (r, c - 2), (r - 1, c + 1), (r - 1, c), (r - 1, c - 1), (r - 2, c)]
+        assert torch.equal(inputs[:, r * row + c], torch.stack([grid[:, i, j] for i, j in around], 1))
+    assert (inputs[:, 0] == language.K).all() and inputs[:, 1].tolist() == [[int(row_[0]), *[language.K] * 5] for row_ in tokens]
+    assert (gpt.inputs(tokens, torch.tensor([0, 3]))[1, 0] == language.K + 3).all()
+    plain = igpt.IGPT(language, near=False, width=8, layers=1, heads=2).gpt
+    assert torch.equal(plain.inputs(tokens)[:, 1:, 0], tokens[:, :-1]) and plain.lags == (1,)
+
+
+def test_what_lies_elsewhere_is_read_from_a_table_of_its_own():         # one table; + table left out
+    gpt = model(K=3, T=4)
+    inputs = torch.tensor([[0, 1, 2], [3, 3, 1]])
+    rows = [[gpt.wte.weight[4 * lag + k] for lag, k in enumerate(row)] for row in inputs.tolist()]
+    close(gpt.embed(inputs), torch.stack([sum(row) for row in rows]))
+
+
 # ---- caches
 
 
@@ -102,7 +125,7 @@ def test_the_class_is_read_from_the_start_token(mixer):                 # start 
 def test_reading_a_token_at_a_time_from_any_split_is_reading_all(mixer, split, seed):
     """wpe of another place; the cache one short; k not transposed; past one off; h not kept"""
     gpt, T = model(mixer, T=8, seed=seed), 8
-    inputs = torch.cat([gpt.start(3), sentences(3, T, 3, seed)[:, :-1]], 1)
+    inputs = gpt.inputs(sentences(3, T, 3, seed))
     full, memory = gpt(inputs), gpt.memory(3)
     with torch.inference_mode():
         close(gpt(inputs[:, :split], memory), full[:, :split])
@@ -115,7 +138,7 @@ def test_reading_a_token_at_a_time_from_any_split_is_reading_all(mixer, split, s
 @settings(max_examples=10)
 def test_reading_in_pieces_is_reading_all(mixer, one, two, seed):       # tril(0); start ignored; the convolution's past
     gpt, T = model(mixer, T=9, seed=seed), 9
-    inputs, cuts = torch.cat([gpt.start(2), sentences(2, T, 3, seed)[:, :-1]], 1), sorted({0, one, min(one + two, 8), 9})
+    inputs, cuts = gpt.inputs(sentences(2, T, 3, seed)), sorted({0, one, min(one + two, 8), 9})
     memory = gpt.memory(2)
     with torch.no_grad():
         pieces = [gpt(inputs[:, a:b], memory, a) for a, b in zip(cuts, cuts[1:])]
@@ -155,7 +178,7 @@ def test_a_prompt_is_kept_and_read(mixer):                              # tokens
         prompt = sentences(4, s, 3)
         tokens = gpt.generate(4, prompt, temperature=0.0)
         assert torch.equal(tokens[:, :s], prompt)
-        logits = gpt(torch.cat([gpt.start(4), tokens[:, :-1]], 1))
+        logits = gpt(gpt.inputs(tokens))
         assert torch.equal(tokens[:, s:], logits.argmax(2)[:, s:])
     assert torch.equal(gpt.generate(2, sentences(2, 6, 3)), sentences(2, 6, 3))
 
@@ -319,7 +342,7 @@ def test_points_in_cells_are_a_density():                               # log_vo
 
 def tiny(mixer="attention", shape=(1, 4, 6), levels=2, classes=None, **options):
     config = {"tokens": "auto", "cells": 8, "colours": 4, "width": 8, "layers": 2, "heads": 2, "dropout": 0.0,
-              "conditional": False, "model": mixer} | options
+              "near": True, "conditional": False, "model": mixer} | options
     return igpt.build(config, shape, levels, classes)
 
 
@@ -359,7 +382,7 @@ def test_features_are_those_of_each_layer():                            # after 
     tokens = sentences(3, 6, 16)
     features = model.gpt.features(tokens)
     assert len(features) == 3 and all(f.shape == (3, 8) for f in features)
-    x = model.gpt.wte(torch.cat([model.gpt.start(3), tokens[:, :-1]], 1)) + model.gpt.wpe.weight
+    x = model.gpt.embed(model.gpt.inputs(tokens)) + model.gpt.wpe.weight
     close(features[0], model.gpt.h[0].ln_1(x).mean(1))
     close(features[1], model.gpt.h[1].ln_1(model.gpt.h[0](x)).mean(1))
 
