@@ -559,7 +559,7 @@ def main():
         sampling={"temperature": (1.0, "of sampling; 0: the most likely"), "top_k": (0, "likeliest tokens; 0: all"),
                   "top_p": (1.0, "least probability of those kept"), "nll_rows": (2000, "held-out examples measured"),
                   "probe_rows": (5000, "training images of the linear probe")},
-        images={"steps": 4000, "batch": 32, "layers": 4, "samples": 500, "mnist": {"steps": 6000},
+        images={"steps": 4000, "batch": 16, "lr": 3e-3, "layers": 4, "samples": 500, "mnist": {"steps": 6000},
                 "hoda": {"steps": 6000}})
     with run.Run(args) as job:
         if args.top_p > 1:

@@ -262,7 +262,7 @@ def attention_config(which: str, D: int, size: int, amd: bool) -> dict:
     if which == "forward":
         return dict(BM=128, BN=64, BD=BD, num_warps=4 if BD <= 64 else 8, num_stages=3)
     if which == "keys":
-        return dict(BM=64, BN=64 if BD <= 32 else 128, BD=BD, num_warps=4 if BD <= 32 else 8, num_stages=2)
+        return dict(BM=64 if BD <= 64 else 32, BN=64 if BD <= 32 else 128, BD=BD, num_warps=4 if BD <= 32 else 8, num_stages=2)
     return dict(BM=128, BN=64, BD=BD, num_warps=8, num_stages=2)
 
 
