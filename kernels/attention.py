@@ -262,7 +262,8 @@ def attention_config(which: str, D: int, size: int, amd: bool) -> dict:
     if which == "forward":
         return dict(BM=128, BN=64, BD=BD, num_warps=4 if BD <= 64 else 8, num_stages=3)
     if which == "keys":
-        return dict(BM=64 if BD <= 64 else 32, BN=64 if BD <= 32 else 128, BD=BD, num_warps=4 if BD <= 32 else 8, num_stages=2)
+        BN, warps = (64, 4) if BD <= 32 else (128, 8)
+        return dict(BM=64 if BD <= 64 else 32, BN=BN, BD=BD, num_warps=warps, num_stages=2)     # 64 x 128 spills
     return dict(BM=128, BN=64, BD=BD, num_warps=8, num_stages=2)
 
 
