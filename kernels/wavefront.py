@@ -112,8 +112,8 @@ def _sample_torch(n, shape, offsets, first, places, layers, seed) -> Tensor:
 
 
 @jit(do_not_specialize=["n", "k0", "k1"])
-def wavefront_kernel(first_ptr, places_ptr, w_hidden_ptr, b_hidden_ptr, w_out_ptr, b_out_ptr, out_ptr, n, k0, k1,
-                     H, W, S, OFFSETS: tl.constexpr, K: tl.constexpr, A: tl.constexpr, DF: tl.constexpr,
+def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, picture_ptr, n, k0, k1, H, W, S,
+                     OFFSETS: tl.constexpr, K: tl.constexpr, A: tl.constexpr, DF: tl.constexpr,
                      DG: tl.constexpr, PLACES: tl.constexpr, LAYERS: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
                      BF: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr):
     """One program: BN images, a lane for each of BH >= H rows. DF, DG columns of first and of the second layer."""
@@ -127,17 +127,17 @@ def wavefront_kernel(first_ptr, places_ptr, w_hidden_ptr, b_hidden_ptr, w_out_pt
     at = image.to(tl.int64)[:, None] * (H * W)
     f, g = tl.arange(0, BF), tl.arange(0, BG)
     if LAYERS > 0:
-        inner = tl.load(w_out_ptr + g, mask=g < DG, other=0.0)          # [BG]
-        b_out = tl.load(b_out_ptr)
+        last = tl.load(last_ptr + g, mask=g < DG, other=0.0)          # [BG]
+        bias = tl.load(bias_ptr)
     if LAYERS > 1:
         inside = (f < DF)[:, None] & (g < DG)[None, :]
-        w = tl.load(w_hidden_ptr + g[None, :] * DF + f[:, None], mask=inside, other=0.0)       # [BF, BG]
-        b = tl.load(b_hidden_ptr + g, mask=g < DG, other=0.0)
+        w = tl.load(w_ptr + g[None, :] * DF + f[:, None], mask=inside, other=0.0)       # [BF, BG]
+        b = tl.load(b_ptr + g, mask=g < DG, other=0.0)
     row = tl.zeros((BN, BH), tl.uint32)                                 # bit p: the pixel p + 1 to the left
     for block in range(0, (S * (H - 1) + W + 3) // 4):
         w0, w1, w2, w3 = rng.philox_words(k0, k1, c0, (above * 0 + block).to(tl.uint32), c2, c3)
-        for q in tl.static_range(4):
-            word = w0 if q == 0 else (w1 if q == 1 else (w2 if q == 2 else w3))
+        for q in range(4):
+            word = tl.where(q < 2, tl.where(q == 0, w0, w1), tl.where(q == 2, w2, w3))
             u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-8)
             j = block * 4 + q - S * i                                   # [BH]
             active = here & ((j >= 0) & (j < W))[None, :]
@@ -166,12 +166,12 @@ def wavefront_kernel(first_ptr, places_ptr, w_hidden_ptr, b_hidden_ptr, w_out_pt
                 h = tl.maximum(h, 0.0)
                 if LAYERS > 1:
                     h = tl.maximum(tl.dot(h, w, input_precision=PRECISION) + b[None, :], 0.0)      # [BN BH, BG]
-                z = tl.reshape(tl.sum(h * inner[None, :], 1), (BN, BH)) + b_out
+                z = tl.reshape(tl.sum(h * last[None, :], 1), (BN, BH)) + bias
             if LAYERS == 0 and PLACES == 0:
                 x = (u < z) & active                                    # a table of probabilities
             else:
                 x = (u * (1 + tl.exp(-z)) < 1) & active
-            tl.store(out_ptr + at + place[None, :], x.to(tl.uint8), mask=active)
+            tl.store(picture_ptr + at + place[None, :], x.to(tl.uint8), mask=active)
             row = (row << 1) | x.to(tl.uint32)
 
 
