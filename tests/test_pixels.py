@@ -369,8 +369,8 @@ def test_no_model_of_the_same_contexts_passes_the_counted_table():      # the ta
         for name, model in models.items():
             own = counts[model.K, model.position]
             assert own.nll(model) >= own.optimum() - 1e-9, name
-            if name.startswith("mlp-2") and not model.position:
-                assert own.nll(model) < 1.05 * own.optimum()
+            if name == "mlp-2 3":
+                assert own.nll(model) < 1.01 * own.optimum()
     kinds = {"linear": 0.0, "mlp-1": 0.0, "mlp-2": 0.0}
     for name, model in models.items():
         with torch.no_grad():
@@ -432,7 +432,7 @@ def test_resume_is_bit_for_bit(resumed, quick):                         # Adam's
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--dataset", "gmm"], "no set of binary images"), (["--dataset", "faces"], "no set of binary images"),
+    (["--dataset", "gmm"], "no set of binary images"),
     (["--model", "mlp-9"], "mlp-9"), (["--width", "0"], "at least 1"), (["--images", "0"], "at least 1"),
     (["--dataset", "hoda", "--data-dir", "/nowhere"], "hoda"), (["--resume"], "no checkpoint")])
 def test_bad_input_gets_a_sentence(cli, options, words):
