@@ -1,7 +1,7 @@
 """Pixel networks: a Bayesian network on the grid of a binary image, each pixel the child of near pixels before it.
 
-    p(x) = prod_ij p(x_ij | c_ij),   c_ij = the pixels (i - a, j - b), 0 <= a, b < k, but (i, j) itself: a Markov mesh [1]
-    p(x_ij = 1 | c) = sigmoid(w . c + w_y y + w_x x + b),   or an MLP of (c, y, x);   y, x in [0, 1]; one w for all places
+    p(x) = prod_ij p(x_ij | c_ij),   c_ij = the pixels (i - a, j - b), 0 <= a, b < k, without (i, j): a Markov mesh [1]
+    p(x_ij = 1 | c) = sigmoid(w . c + w_y y + w_x x + b),   or an MLP of (c, y, x);   y, x in [0, 1]; one w everywhere
 
 k = 2, 3, 4 gives 3, 8, 15 parents; beyond the border all is 0. The likelihood is exact, and depends on the data through
 counts alone: how often each context came, and how often with a 1. So a model is trained on the distinct contexts, not
@@ -10,13 +10,13 @@ On other images each count starts at 1/2 [2]. `--model`, all of 3, 8 and 15 pare
   linear   solved by Newton's method    mlp-1, mlp-2   one and two hidden layers    all   the table of the 18
 
 Sampling. A pixel whose parents are drawn can be drawn. With t = s i + j every parent (a, b) lies s a + b waves back, so
-all pixels of a wave are drawn at once if s a + b >= 1 [3]. Parents above and to the left need s = 1: the anti-diagonals,
-H + W - 1 waves, 55 of a 28 x 28 image against 784 pixels. A parent above and r to the right, b = -r, needs s = r + 1 and
+all pixels of a wave are drawn at once if s a + b >= 1 [3]. Parents above and to the left need s = 1, the anti-diagonals:
+H + W - 1 waves, 55 of a 28 x 28 image against 784 pixels. A parent one up and r to the right, b = -r, needs s = r + 1,
 s (H - 1) + W waves: 82 for PixelCNN's neighbourhood [4] of reach 1 (`--nearest`: the nearest pixels before, as there).
 
 References
-  [1] Abend, Harley, Kanal, Classification of Binary Random Patterns, IEEE Transactions on Information Theory 11(4), 1965
-  [2] Krichevsky, Trofimov, The performance of universal encoding, IEEE Transactions on Information Theory 27(2), 1981
+  [1] Abend, Harley, Kanal, Classification of Binary Random Patterns, IEEE Trans. on Information Theory 11(4), 1965
+  [2] Krichevsky, Trofimov, The performance of universal encoding, IEEE Trans. on Information Theory 27(2), 1981
   [3] Lamport, The parallel execution of DO loops, Communications of the ACM 17(2), 1974
   [4] van den Oord, Kalchbrenner, Kavukcuoglu, Pixel Recurrent Neural Networks, arXiv 1601.06759
 
@@ -48,7 +48,7 @@ def block(k: int) -> tuple:
 
 
 def nearest(count: int) -> tuple:
-    """The `count` nearest pixels before, those to the right among the rows above too; those of a smaller count first."""
+    """The `count` nearest pixels before, also those above and to the right; those of a smaller count come first."""
     before = [(a, b) for a in range(5) for b in range(-4, 5) if a > 0 or b > 0]
     return tuple(sorted(before, key=lambda o: (o[0] ** 2 + o[1] ** 2, o))[:count])
 
@@ -203,7 +203,7 @@ def fused(name, plain):
 
 
 class CPD(nn.Module):
-    """(R, K) parents, and (R, 2) positions if it is told them -> logits (R,). hidden: the width of each hidden layer."""
+    """(R, K) parents, and (R, 2) positions if it is told them -> logits (R,). hidden: width of each hidden layer."""
 
     def __init__(self, K: int, hidden=(), position: bool = False):
         super().__init__()
@@ -403,9 +403,9 @@ def main():
                 if step % max(1, args.steps // 8) == 0:                 # the same noise each time
                     frames[f"step {step}"] = 2.0 * models[name].sample(64, args.seed)[:, None].cpu() - 1
 
-        counted = {f"counted {K}": Counted(shape, parents[i], seen[K, False].code, seen[K, False].n)
-                   for i, K in enumerate(map(len, parents))}
-        table, shown = [], []
+        counted = {f"counted {len(offsets)}": Counted(shape, offsets, c.code, c.n).to(job.device)
+                   for offsets in parents for c in [seen[len(offsets), False]]}
+        table = []
         with torch.no_grad():
             for name, model in models.items():
                 ours, best = (f(seen[model.K, model.position]) for f in (lambda c: c.nll(model), Counts.optimum))
@@ -417,14 +417,14 @@ def main():
                               counted_nll(seen[K, position], asked[K, position], K)))
         print(f"{'':14s}parameters  train nats  over the optimum  test nats  bits a pixel")
         for name, size, ours, over, nll in table:
-            print(f"{name:14s}{size:10d}{ours:12.3f}{100 * over:17.2f}%{nll:11.3f}{metrics.bits_per_dim(nll, pixels):14.5f}")
+            print(f"{name:14s}{size:10d}{ours:12.3f}{100 * over:17.2f}%{nll:11.3f}"
+                  f"{metrics.bits_per_dim(nll, pixels):14.5f}")
 
-        best = min(table[: len(models)], key=lambda row: row[-1])
+        best = min(table[: len(models)], key=lambda row: row[2])        # chosen on the training set
         began = time.perf_counter()
         samples = models[best[0]].sample(args.samples, args.seed)[:, None].cpu()
         seconds = time.perf_counter() - began
-        for name, model in {**models, **counted}.items():
-            shown.append(model.to(job.device).sample(12, args.seed + 1)[:, None].cpu())
+        shown = [model.sample(12, args.seed + 1)[:, None].cpu() for model in (*models.values(), *counted.values())]
         metrics.grid_picture(job.folder / "grid.png", 2.0 * torch.stack(shown) - 1, [*models, *counted], None, 2)
         results = {"nll": metrics.metric(best[-1], None, f"nats, of {best[0]}"),
                    "bits_per_dim": metrics.metric(metrics.bits_per_dim(best[-1], pixels), None, "bits")}

@@ -48,6 +48,11 @@ NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128", "langevin 128 logits
 IMAGES = diffusion.step_kernel, langevin.update_kernel
 
 
+def generation(target):
+    """(CUDA capability, AMD or not), as the launchers' tables take them."""
+    return 9 if target in AMD else int(target[3:]) // 10, target in AMD
+
+
 def configurations():
     """(name, target): (kernel, constants, options). The launcher's own table chooses by shared memory."""
     table = {}
@@ -66,11 +71,11 @@ def configurations():
         table[name, target] = langevin.langevin_kernel, constants, options
 
     def waves(name, target, width, layers):
-        config = wavefront.wavefront_config(28, width, width, layers, target in AMD)
+        config = wavefront.wavefront_config(28, width, width, layers, *generation(target))
         options = dict(num_warps=config.pop("num_warps"))
         offsets = tuple((a, b) for a in range(4) for b in range(4) if a + b)
-        constants = dict(OFFSETS=offsets, K=15, A=3, DF=width, DG=width, PLACES=layers > 0, LAYERS=layers, **config)
-        table[name, target] = wavefront.wavefront_kernel, constants, options
+        constants = dict(OFFSETS=offsets, S=1, K=15, A=3, DF=width, DG=width, PLACES=layers > 0, LAYERS=layers)
+        table[name, target] = wavefront.wavefront_kernel, constants | config, options
 
     for target in TARGETS:
         for H in (64, 128):
@@ -81,7 +86,7 @@ def configurations():
             num_warps=4)
         table["step", target] = diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4)
         for D in (64, 256):
-            config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
+            config = quantize.nearest_config(D, *generation(target))
             options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
             table[f"nearest D{D}", target] = quantize.nearest_kernel, dict(D=D, stride_d=1, **config), options
         for D in (32, 64, 128):

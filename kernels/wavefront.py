@@ -8,10 +8,10 @@ Shapes: first (2^K, F): what the first layer of a network makes of each context,
 product; places (H W, F) or None; layers [] (F = 1), [((1, F), (1,))] or [((G, F), (G,)), ((1, G), (1,))]. A counted
 table, and any network that is not told the place, is one column of logits. Result (n, H, W) uint8.
 
-Waves. With t = s i + j a parent (a, b) lies s a + b waves back: s is the least number with s a + b >= 1 for all, so that
-what a wave needs is there (Lamport, CACM 17(2), 1974). Parents above and to the left: s = 1, T = s (H - 1) + W waves, 55
-of 28 x 28. A parent above and r to the right: s = r + 1. T is the longest chain of parents wherever the left pixel and
-one of slope s are among them: no order takes fewer waves.
+Waves. With t = s i + j a parent (a, b) lies s a + b waves back: s is the least number with s a + b >= 1 for all, so
+that what a wave needs is there (Lamport, CACM 17(2), 1974). Parents above and to the left: s = 1, T = s (H - 1) + W
+waves, 55 of 28 x 28. A parent one up and r to the right: s = r + 1; with the left pixel a parent too, T is then the
+length of the longest chain of parents, and no order takes fewer waves.
 
 Noise. u_ij is word t mod 4 of Philox(counter = (image, t // 4, i, rng.PIXELS), key = seed) over 2^32, in float32 and
 below 1: the picture depends on the seed and its number in the batch alone, never on the tile or the device.
@@ -22,8 +22,8 @@ shuffle; nothing of an image is read back, and it is written once. A lane past t
 what those to its right shall see beyond the border. On a CPU the images of a tile lie skewed, row i of wave t: parents
 are views, and no index is computed.
 
-Limits. No gradient. The kernel: H <= 128, s a + b <= 32, float32 networks, F and G <= 128, at most 2 layers, else PyTorch.
-Where f is computed, not read (places, layers), a rounding may turn a pixel with |u - p| < 1e-6 another way.
+Limits. No gradient. The kernel: H <= 128, s a + b <= 32, float32 networks, F and G <= 64, at most 2 layers; else it is
+PyTorch. Where f is computed, not read (places, layers), a rounding may turn a pixel with |u - p| < 1e-6 another way.
 """
 
 import torch
@@ -111,9 +111,9 @@ def _sample_torch(n, shape, offsets, first, places, layers, seed) -> Tensor:
 # ---- Triton
 
 
-@jit(do_not_specialize=["n", "k0", "k1"])
-def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, picture_ptr, n, k0, k1, H, W, S,
-                     OFFSETS: tl.constexpr, K: tl.constexpr, A: tl.constexpr, DF: tl.constexpr,
+@jit(do_not_specialize=["n", "k0", "k1", "H", "W"])
+def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, picture_ptr, n, k0, k1, H, W,
+                     OFFSETS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, A: tl.constexpr, DF: tl.constexpr,
                      DG: tl.constexpr, PLACES: tl.constexpr, LAYERS: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
                      BF: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr):
     """One program: BN images, a lane for each of BH >= H rows. DF, DG columns of first and of the second layer."""
@@ -127,7 +127,7 @@ def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, pi
     at = image.to(tl.int64)[:, None] * (H * W)
     f, g = tl.arange(0, BF), tl.arange(0, BG)
     if LAYERS > 0:
-        last = tl.load(last_ptr + g, mask=g < DG, other=0.0)          # [BG]
+        last = tl.load(last_ptr + g, mask=g < DG, other=0.0)            # [BG]
         bias = tl.load(bias_ptr)
     if LAYERS > 1:
         inside = (f < DF)[:, None] & (g < DG)[None, :]
@@ -170,7 +170,7 @@ def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, pi
             if LAYERS == 0 and PLACES == 0:
                 x = (u < z) & active                                    # a table of probabilities
             else:
-                x = (u * (1 + tl.exp(-z)) < 1) & active
+                x = (u < 1 / (1 + tl.exp(-z))) & active
             tl.store(picture_ptr + at + place[None, :], x.to(tl.uint8), mask=active)
             row = (row << 1) | x.to(tl.uint32)
 
@@ -178,13 +178,14 @@ def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, pi
 # ---- launcher
 
 
-def wavefront_config(H: int, DF: int, DG: int, layers: int, amd: bool) -> dict:
-    """How to launch: a warp for 32 rows of one image; with layers, 64 rows or more for four warps."""
+def wavefront_config(H: int, DF: int, DG: int, layers: int, major: int, amd: bool) -> dict:
+    """How to launch on CUDA capability `major`: a warp for 32 rows of one image; with layers, four warps for 64 rows of
+    two, before 9 for 32 rows: 64 spill there."""
     BH = max(16, 1 << (H - 1).bit_length())
     block = lambda d: max(16, 1 << (d - 1).bit_length())
     if not layers:
         return dict(BN=1, BH=BH, BF=16, BG=16, PRECISION="ieee", num_warps=max(1, BH // (64 if amd else 32)))
-    return dict(BN=max(1, 64 // BH), BH=BH, BF=block(DF), BG=block(DG), PRECISION="ieee" if amd else "tf32x3",
+    return dict(BN=max(1, (32 if major < 9 else 64) // BH), BH=BH, BF=block(DF), BG=block(DG), PRECISION="ieee" if amd else "tf32x3",
                 num_warps=4)
 
 
@@ -195,11 +196,12 @@ def _sample_triton(n, shape, offsets, first, places, layers, seed) -> Tensor:
     tensors = [t.contiguous() for layer in layers for t in layer]
     hidden, last = (tensors[:2] if len(layers) > 1 else [first, first]), tensors[-2:] or [first, first]
     DG = last[0].shape[1] if layers else 1
-    config = wavefront_config(H, DF, DG, len(layers), AMD)
+    major = torch.cuda.get_device_capability(first.device)[0] if first.is_cuda else 9
+    config = wavefront_config(H, DF, DG, len(layers), major, AMD)
     if n:
         wavefront_kernel[(triton.cdiv(n, config["BN"]),)](
             first, first if places is None else places.contiguous(), *hidden, *last, out, n, int32(seed),
-            int32(seed >> 32), H, W, s, OFFSETS=tuple(offsets), K=K, A=max(a for a, _ in offsets), DF=DF, DG=DG,
+            int32(seed >> 32), H, W, OFFSETS=tuple(offsets), S=s, K=K, A=max(a for a, _ in offsets), DF=DF, DG=DG,
             PLACES=places is not None, LAYERS=len(layers), enable_fp_fusion=True, **config)
     return out
 
@@ -225,7 +227,7 @@ def wavefront_sample(n: int, shape, offsets, first: Tensor, places: Tensor | Non
     refuse_gradients("wavefront_sample", *tensors)
     s = slope(offsets)
     far, kinds = max(s * a + b for a, b in offsets), {t.dtype for t in tensors}
-    why_not = ("" if H <= 128 and far <= 32 and len(layers) <= 2 and max(sizes) <= 128 and kinds == {torch.float32} else
+    why_not = ("" if H <= 128 and far <= 32 and len(layers) <= 2 and max(sizes) <= 64 and kinds == {torch.float32} else
                f"{H} rows, parents {far} waves back, {len(layers)} layers up to {max(sizes)} wide, {kinds}")
     sample = _sample_triton if backend(first, why_not) == "triton" else _sample_torch
     return sample(n, tuple(shape), tuple(offsets), first, places, list(layers), seed)
