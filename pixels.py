@@ -10,7 +10,7 @@ On other images each count starts at 1/2 [2]. `--model`, all of 3, 8 and 15 pare
   linear   solved by Newton's method    mlp-1, mlp-2   one and two hidden layers    all   the table of the 18
 
 Sampling. A pixel whose parents are drawn can be drawn. With t = s i + j every parent (a, b) lies s a + b waves back, so
-all pixels of a wave are drawn at once if s a + b >= 1 [3]. Parents above and to the left need s = 1, the anti-diagonals:
+all pixels of a wave are drawn at once if s a + b >= 1 [3]. Parents above and to the left need s = 1, anti-diagonals:
 H + W - 1 waves, 55 of a 28 x 28 image against 784 pixels. A parent one up and r to the right, b = -r, needs s = r + 1,
 s (H - 1) + W waves: 82 for PixelCNN's neighbourhood [4] of reach 1 (`--nearest`: the nearest pixels before, as there).
 
@@ -408,9 +408,9 @@ def main():
         table = []
         with torch.no_grad():
             for name, model in models.items():
-                ours, best = (f(seen[model.K, model.position]) for f in (lambda c: c.nll(model), Counts.optimum))
-                size = sum(p.numel() for p in model.parameters())
-                table.append((name, size, ours, ours / best - 1, asked[model.K, model.position].nll(model)))
+                own, other = seen[model.K, model.position], asked[model.K, model.position]
+                size, nll = sum(p.numel() for p in model.parameters()), own.nll(model)
+                table.append((name, size, nll, nll / own.optimum() - 1, other.nll(model)))
             for K, position in seen:
                 best = seen[K, position].optimum()
                 table.append((f"counted {K}{' yx' * position}", len(seen[K, position].code), best, 0.0,

@@ -93,7 +93,7 @@ def _sample_torch(n, shape, offsets, first, places, layers, seed) -> Tensor:
             if table is not None:
                 p = table.index_select(0, code.view(-1)).view_as(code)
             else:
-                z = first.index_select(0, code.view(-1)).view(high - low, N, -1)
+                z = first.index_select(0, code.view(-1)).view(high - low, N, first.shape[1])
                 if places is not None:
                     place = torch.arange(low, high, device=first.device)
                     z += places[place * W + t - s * place, None]
@@ -185,8 +185,8 @@ def wavefront_config(H: int, DF: int, DG: int, layers: int, major: int, amd: boo
     block = lambda d: max(16, 1 << (d - 1).bit_length())
     if not layers:
         return dict(BN=1, BH=BH, BF=16, BG=16, PRECISION="ieee", num_warps=max(1, BH // (64 if amd else 32)))
-    return dict(BN=max(1, (32 if major < 9 else 64) // BH), BH=BH, BF=block(DF), BG=block(DG), PRECISION="ieee" if amd else "tf32x3",
-                num_warps=4)
+    return dict(BN=max(1, (32 if major < 9 else 64) // BH), BH=BH, BF=block(DF), BG=block(DG),
+                PRECISION="ieee" if amd else "tf32x3", num_warps=4)
 
 
 def _sample_triton(n, shape, offsets, first, places, layers, seed) -> Tensor:
