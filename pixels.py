@@ -372,7 +372,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, dataset="persian", steps=1500, batch=16384, lr=1e-2,
+        __doc__, MODELS, dataset="persian", steps=1500, batch=16384, lr=1e-2, reads=("pixels", "pgm"),
         training={"width": (64, "of hidden layers"), "nearest": (False, "parents: the nearest pixels before"),
                   "images": (60_000, "training images counted, at most")})
     with run.Run(args) as job:

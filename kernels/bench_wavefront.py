@@ -47,7 +47,7 @@ def gate(side, arguments, device):
     mine = wavefront.wavefront_sample(9, (side, side), OFFSETS, *arguments, 3)
     truth = wavefront.wavefront_sample_reference(9, (side, side), OFFSETS, *arguments, 3)
     u = wavefront.uniform(9, side, side, 1, 3, device)
-    u = u.as_strided((side, side, 9), (side * 9 + 9, 9, 1)).contiguous()
+    u = u.as_strided((side, side, 9), (side * 9 + 9, side * 9, 1)).contiguous()      # u[i + j, i]
     wrong = [(x != truth).flatten(1).any(1).sum().item() for x in (mine, raster(u, *arguments))]
     print(f"gate: of 9 pictures {wrong[0]} differ from the reference, {wrong[1]} of the raster")
     if max(wrong) > (1 if arguments[2] else 0):

@@ -72,7 +72,7 @@ def configurations():
 
     def waves(name, target, width, layers):
         config = wavefront.wavefront_config(28, width, width, layers, *generation(target))
-        options = dict(num_warps=config.pop("num_warps"))
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         offsets = tuple((a, b) for a in range(4) for b in range(4) if a + b)
         constants = dict(OFFSETS=offsets, S=1, K=15, A=3, DF=width, DG=width, PLACES=layers > 0, LAYERS=layers)
         table[name, target] = wavefront.wavefront_kernel, constants | config, options

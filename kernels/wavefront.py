@@ -179,14 +179,16 @@ def wavefront_kernel(first_ptr, places_ptr, w_ptr, b_ptr, last_ptr, bias_ptr, pi
 
 
 def wavefront_config(H: int, DF: int, DG: int, layers: int, major: int, amd: bool) -> dict:
-    """How to launch on CUDA capability `major`: a warp for 32 rows of one image; with layers, four warps for 64 rows of
-    two, before 9 for 32 rows: 64 spill there."""
+    """How to launch on CUDA capability `major`: a warp for 32 rows of one image; with layers, four warps for 64 rows,
+    of two images, but before 9 for 32 rows: 64 spill there. A wave's loads wait for the wave before, so that one stage
+    is enough; where tensor memory holds the product, one spills and two do not."""
     BH = max(16, 1 << (H - 1).bit_length())
     block = lambda d: max(16, 1 << (d - 1).bit_length())
     if not layers:
-        return dict(BN=1, BH=BH, BF=16, BG=16, PRECISION="ieee", num_warps=max(1, BH // (64 if amd else 32)))
+        return dict(BN=1, BH=BH, BF=16, BG=16, PRECISION="ieee", num_stages=1,
+                    num_warps=max(1, BH // (64 if amd else 32)))
     return dict(BN=max(1, (32 if major < 9 else 64) // BH), BH=BH, BF=block(DF), BG=block(DG),
-                PRECISION="ieee" if amd else "tf32x3", num_warps=4)
+                PRECISION="ieee" if amd else "tf32x3", num_warps=max(4, BH // 16), num_stages=2 if major > 9 else 1)
 
 
 def _sample_triton(n, shape, offsets, first, places, layers, seed) -> Tensor:

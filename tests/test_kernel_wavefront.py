@@ -70,8 +70,12 @@ def test_kernel_wavefront_noise_is_uniform_and_of_the_position_alone():         
     assert torch.equal(wavefront.uniform(10, 6, 7, 1, 5, start=30).double(), u[:, :, 30:40])
     assert torch.equal(wavefront.uniform(9, 3, 4, 1, 5).double()[:6], u[:6, :3, :9])
     assert torch.equal(wavefront.uniform(2, 1, 1, 0, 5)[0, 0], rng.philox([torch.arange(2), *[torch.tensor(k) for k in (0, 0, 2)]], 5)[0].float() * 2.0**-32)
-    words = [torch.tensor([2**32 - 1])] * 4
-    assert rng.PIXELS not in (rng.CHAIN, rng.STEP) and words[0].float() * 2.0**-32 == 1     # what the clamp is for
+    assert rng.PIXELS not in (rng.CHAIN, rng.STEP)
+
+
+def test_kernel_wavefront_noise_is_below_one(monkeypatch):              # the clamp: 2^32 - 1 rounds to 2^32
+    monkeypatch.setattr(rng, "philox", lambda counter, seed: [torch.full((1, 1, 1), 2**32 - 1)] * 4)
+    assert 1 - 1e-7 < wavefront.uniform(1, 1, 1, 0, 5).item() < 1
 
 
 @pytest.mark.parametrize("hidden, places", HEADS)
@@ -100,6 +104,7 @@ def test_kernel_wavefront_equals_the_reference_at_any_size(n, H, W, offsets, hea
     assert torch.equal(sample("triton", n, (H, W), offsets, network, seed), exact(n, (H, W), offsets, network, seed))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")                   # the interpreter is NumPy
 @pytest.mark.parametrize("path", PATHS)
 def test_kernel_wavefront_of_what_is_certain(path):                     # u of 1 for p of 1
     for value, picture in ((1e4, 1), (-1e4, 0)):
@@ -132,7 +137,7 @@ def test_kernel_wavefront_writes_all_of_its_output_and_no_more(monkeypatch):   #
     wanted = exact(3, (3, 4), ABOVE, network, 1)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     assert torch.equal(sample("triton", 3, (3, 4), ABOVE, network, 1), wanted)
-    assert len(guards) == 1 and (guards[0][36:] == 77).all() and guards[0].numel() == 236
+    assert any(len(g) == 236 for g in guards) and all((g[-200:] == 77).all() for g in guards if g.dtype == torch.uint8)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
