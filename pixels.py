@@ -344,7 +344,7 @@ def train(models: nn.ModuleDict, counts: dict, optimizer, steps: int, batch: int
                     solved[name] = torch.tensor(counts[model.K, model.position].nll(model))
                 loss = solved[name]
             else:
-                loss = pixels * nll_of_counts(model.logits(code, place), n.float())
+                loss = pixels * nll_of_counts(model.logits(code, place), n)
             losses.setdefault(kind, []).append(loss)
         total = sum(sum(some) for some in losses.values())
         if total.requires_grad:

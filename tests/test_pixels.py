@@ -17,7 +17,7 @@ from pixels import PixelNetwork, block, nearest
 
 seeds = st.integers(0, 2**31)
 SETS = {"block 3": block(2), "block 8": block(3), "block 15": block(4), "nearest 3": nearest(3), "nearest 4": nearest(4),
-        "nearest 8": nearest(8), "nearest 15": nearest(15), "left": ((0, 1),), "odd": ((2, -1), (0, 2), (1, -4))}
+        "nearest 8": nearest(8), "nearest 15": nearest(15), "left": ((0, 1),), "odd": ((2, -4), (0, 2), (1, 1))}
 parents = st.sampled_from(list(SETS.values()))
 close = functools.partial(torch.testing.assert_close, atol=1e-9, rtol=1e-9)
 
@@ -316,12 +316,27 @@ def test_newton_finds_the_optimum_of_the_linear_model(seed, offsets, position): 
         assert counts.nll(other) >= counts.nll(model) >= counts.optimum() - 1e-9
 
 
-def test_newton_in_parts_and_where_a_weight_would_have_no_end():        # a part lost; no halving
+def test_newton_in_parts_and_where_a_weight_would_have_no_end():        # a part lost; nothing bounds w
     n, features = torch.tensor([[9, 0], [0, 9], [3, 1]]), torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 1]])
     w = pixels.newton(features, n)
     assert w.isfinite().all() and pixels.nll_of_counts(features @ w, n) == pytest.approx(pixels.optimum(n.double()).item(), abs=1e-4)
     features, n = torch.randn(40, 3, generator=rng(0)), torch.randint(1, 9, (40, 2), generator=rng(1))
     close(pixels.newton(features, n, rows=7), pixels.newton(features, n))
+
+
+def test_newton_where_a_whole_step_goes_too_far():                      # no halving
+    g = rng(238)
+    features = torch.randn(12, 3, generator=g) * torch.tensor([1.0, 5, 20])
+    features[:, 2] = (features[:, 2] / 10).exp()
+    n = torch.randint(0, 4, (12, 2), generator=g) * torch.tensor([1, 30])
+    w, values = torch.zeros(3), []
+    for _ in range(8):                                                  # the steps whole
+        p, total = torch.sigmoid(features @ w), n.sum(1)
+        values.append(pixels.nll_of_counts(features @ w, n))
+        w = w - torch.linalg.solve(features.T @ (features * (total * p * (1 - p))[:, None]), features.T @ (total * p - n[:, 1]))
+    assert any(b > a + 1 for a, b in zip(values, values[1:]))
+    w = pixels.newton(features, n).requires_grad_()
+    assert torch.autograd.grad(pixels.nll_of_counts(features @ w, n), w)[0].abs().max() < 1e-4
 
 
 def test_a_batch_stands_for_all_pixels(monkeypatch):                    # right=False; times left out; weights of a row
