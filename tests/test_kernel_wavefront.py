@@ -28,6 +28,7 @@ def draw(offsets, shape, hidden=(), places=False, seed=0, dtype=torch.float32, c
     g, sizes = torch.Generator().manual_seed(seed), [*hidden, 1] if hidden else [columns]
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
     first = 1.5 * rand(2 ** len(offsets), sizes[0])
+    first -= first[:1].clone()                                          # black is not all that comes of black
     layers = [(2 * rand(m, k) / k**0.5, rand(m)) for k, m in zip(sizes, sizes[1:])]
     return first, rand(math.prod(shape), sizes[0]) if places else None, layers
 
@@ -93,7 +94,9 @@ def test_kernel_wavefront_on_the_cpu_equals_the_reference(offsets, hidden, place
 def test_kernel_wavefront_equals_the_reference(offsets, hidden, places, n, shape):
     """the shift of a parent's bit; above >= a; j < W; a mask of columns; the relu; the word of a wave; PLACES"""
     network = draw(offsets, shape, hidden, places)
-    assert torch.equal(sample("triton", n, shape, offsets, network, -5), exact(n, shape, offsets, network, -5))
+    wanted = exact(n, shape, offsets, network, -5)
+    assert wanted.numel() < 10 or 0.1 < wanted.double().mean() < 0.9
+    assert torch.equal(sample("triton", n, shape, offsets, network, -5), wanted)
 
 
 @needs_triton
@@ -133,11 +136,14 @@ def test_kernel_wavefront_writes_all_of_its_output_and_no_more(monkeypatch):   #
         guards.append(whole)
         return whole[:size].view(shape)
 
-    network = draw(ABOVE, (3, 4))
-    wanted = exact(3, (3, 4), ABOVE, network, 1)
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    assert torch.equal(sample("triton", 3, (3, 4), ABOVE, network, 1), wanted)
-    assert any(len(g) == 236 for g in guards) and all((g[-200:] == 77).all() for g in guards if g.dtype == torch.uint8)
+    for hidden in ((), (3,)):                                           # a program for one image, and for four
+        network = draw(ABOVE, (3, 4), hidden, True)
+        wanted = exact(3, (3, 4), ABOVE, network, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", new_empty)
+            assert torch.equal(sample("triton", 3, (3, 4), ABOVE, network, 1), wanted)
+    pictures = [g for g in guards if g.dtype == torch.uint8 and len(g) == 236]
+    assert len(pictures) >= 2 and all((g[36:] == 77).all() for g in pictures)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

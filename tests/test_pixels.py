@@ -363,6 +363,16 @@ def some(kinds=("linear", "mlp-1", "mlp-2"), shape=(5, 6), seed=0):
     return models, counts, torch.optim.Adam(models.parameters(), 1e-2)
 
 
+def test_the_table_has_what_its_names_say():                            # position for none; a layer more; K
+    models = pixels.build(pixels.MODELS["all"], (5, 6), pixels.PARENTS[False], 7)
+    assert len(models) == 18
+    for name, model in models.items():
+        kind, K, *position = name.split()
+        widths = [layer.out_features for layer in model.cpd.layers]
+        assert (widths, model.K, model.position) == ([7] * "linear mlp-1 mlp-2".split().index(kind) + [1], int(K), position == ["yx"])
+        assert model.cpd.layers[0].in_features == int(K) + 2 * bool(position)
+
+
 def test_all_are_trained_as_each_would_be_alone():                      # losses multiplied; a shared batch's context
     together, counts, optimizer = some()
     for _ in pixels.train(together, counts, optimizer, 5, 10**6, 1e-2):
@@ -386,6 +396,11 @@ def test_no_model_of_the_same_contexts_passes_the_counted_table():      # the ta
             assert own.nll(model) >= own.optimum() - 1e-9, name
             if name == "mlp-2 3":
                 assert own.nll(model) < 1.01 * own.optimum()
+    for name in ("linear 3", "linear 8 yx"):                            # solved, not descended
+        model, own = PixelNetwork((5, 6), models[name].offsets, (), models[name].position), counts[models[name].K, models[name].position]
+        pixels.solve(model, own)
+        with torch.no_grad():
+            assert own.nll(models[name]) == pytest.approx(own.nll(model), rel=1e-9)
     kinds = {"linear": 0.0, "mlp-1": 0.0, "mlp-2": 0.0}
     for name, model in models.items():
         with torch.no_grad():
