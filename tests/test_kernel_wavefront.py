@@ -28,7 +28,6 @@ def draw(offsets, shape, hidden=(), places=False, seed=0, dtype=torch.float32, c
     g, sizes = torch.Generator().manual_seed(seed), [*hidden, 1] if hidden else [columns]
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
     first = 1.5 * rand(2 ** len(offsets), sizes[0])
-    first -= first[:1].clone()                                          # black is not all that comes of black
     layers = [(2 * rand(m, k) / k**0.5, rand(m)) for k, m in zip(sizes, sizes[1:])]
     return first, rand(math.prod(shape), sizes[0]) if places else None, layers
 
@@ -93,9 +92,11 @@ def test_kernel_wavefront_on_the_cpu_equals_the_reference(offsets, hidden, place
     (ABOVE, (20, 5), False, 1, (2, 3)), (((0, 1),), (), False, 2, (2, 5)), (ABOVE, (), False, 1, (33, 2)), (((1, 0),), (), False, 2, (1, 1))])
 def test_kernel_wavefront_equals_the_reference(offsets, hidden, places, n, shape):
     """the shift of a parent's bit; above >= a; j < W; a mask of columns; the relu; the word of a wave; PLACES"""
-    network = draw(offsets, shape, hidden, places)
-    wanted = exact(n, shape, offsets, network, -5)
-    assert wanted.numel() < 10 or 0.1 < wanted.double().mean() < 0.9
+    for seed in range(100):                                             # a network whose pictures are grey
+        network = draw(offsets, shape, hidden, places, seed)
+        wanted = exact(n, shape, offsets, network, -5)
+        if 0.25 < wanted.double().mean() < 0.75:
+            break
     assert torch.equal(sample("triton", n, shape, offsets, network, -5), wanted)
 
 
