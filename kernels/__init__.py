@@ -30,6 +30,8 @@ _HOME = {
     "decode_attention_reference": "attention",
     "selective_scan": "scan",
     "selective_scan_reference": "scan",
+    "wavefront_sample": "wavefront",
+    "wavefront_sample_reference": "wavefront",
     "residual_mlp": "mlp",
     "residual_mlp_reference": "mlp",
     "philox": "rng",

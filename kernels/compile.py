@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import attention, diffusion, langevin, quantize, scan  # noqa: E402
+from . import attention, diffusion, langevin, quantize, scan, wavefront  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -41,11 +41,16 @@ COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
 TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64", y_ptr="*i64") | dict.fromkeys(
     ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny", "scale"), "fp32") | dict(
-    length_ptr="*i32") | dict.fromkeys(
+    length_ptr="*i32", picture_ptr="*u8") | dict.fromkeys(
     [f"{name}_ptr" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv")], "*bf16")
 ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
 NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128", "langevin 128 logits")        # these have budgets alone
 IMAGES = diffusion.step_kernel, langevin.update_kernel
+
+
+def generation(target):
+    """(CUDA capability, AMD or not), as the launchers' tables take them."""
+    return 9 if target in AMD else int(target[3:]) // 10, target in AMD
 
 
 def configurations():
@@ -65,6 +70,13 @@ def configurations():
                          FAST=fast and target not in AMD, **config)
         table[name, target] = langevin.langevin_kernel, constants, options
 
+    def waves(name, target, width, layers):
+        config = wavefront.wavefront_config(28, width, width, layers, *generation(target))
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        offsets = tuple((a, b) for a in range(4) for b in range(4) if a + b)
+        constants = dict(OFFSETS=offsets, S=1, K=15, A=3, DF=width, DG=width, PLACES=layers > 0, LAYERS=layers)
+        table[name, target] = wavefront.wavefront_kernel, constants | config, options
+
     for target in TARGETS:
         for H in (64, 128):
             chain(f"chain {H}", target, H, 2, True)
@@ -74,7 +86,7 @@ def configurations():
             num_warps=4)
         table["step", target] = diffusion.step_kernel, dict(CLIP=True, NOISE=True, BLOCK=256), dict(num_warps=4)
         for D in (64, 256):
-            config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
+            config = quantize.nearest_config(D, *generation(target))
             options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
             table[f"nearest D{D}", target] = quantize.nearest_kernel, dict(D=D, stride_d=1, **config), options
         for D in (32, 64, 128):
@@ -91,6 +103,8 @@ def configurations():
         options = dict(num_warps=constants.pop("num_warps"))
         table["scan", target] = scan.scan_kernel, constants | dict(KEEP=True), options
         table["scan back", target] = scan.scan_back_kernel, constants, options
+        waves("wavefront table", target, 1, 0)
+        waves("wavefront mlp-2", target, 64, 2)
         table["centre", target] = quantize.centre_kernel, dict(D=64, BK=32, BD=64), dict(num_warps=4)
     for target in ("sm_90", "gfx942"):
         chain("chain 128 D16", target, 128, 16, True)

@@ -5,8 +5,8 @@
 
 so the normal at (row, column) of a step depends on its position and the seed alone: never on the tile, the device, or
 on where a chain was cut. Columns 4 g and 4 g + 1 come from words 0 and 1, the next two from words 2 and 3. A 32-bit u
-reaches 6.7 sigma. `stream` keeps users apart (CHAIN, STEP). The words are equal to the bit everywhere, the normals to
-rounding (about 1e-6). A kernel that makes its own noise saves the write and the read of an eager randn.
+reaches 6.7 sigma. `stream` keeps users apart (CHAIN, STEP, PIXELS). The words are equal to the bit everywhere, the
+normals to rounding (about 1e-6). A kernel that makes its own noise saves the write and the read of an eager randn.
 
 References
   [1] Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Random123)
@@ -22,7 +22,7 @@ from ._runtime import jit, tl
 M0, M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)             # multipliers and Weyl constants of [1]
 W0, W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 MASK = 0xFFFFFFFF
-CHAIN, STEP = 0, 1                                                      # streams
+CHAIN, STEP, PIXELS = 0, 1, 2                                                    # streams
 number = lambda c: getattr(c, "value", c)                               # a constexpr, seen from Python
 
 

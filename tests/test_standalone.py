@@ -71,7 +71,21 @@ for name in m.MODELS:
     *_, x = average.sample(5, 4)
     assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+PIXELS = """
+import torch
+import pixels as m
+x = (torch.rand(20, 6, 5) < 0.3).to(torch.uint8)
+code, place, n = m.count(x, m.block(3))
+counts = {(len(o), p): m.Counts(*m.merge(code, place if p else None, n, len(o)), 20)
+          for o in (m.block(2), m.block(3)) for p in (False, True)}
+models = m.build(m.MODELS["all"], (6, 5), [m.block(2), m.block(3)], 4)
+rows = list(m.train(models, counts, torch.optim.Adam(models.parameters(), 1e-2), 3, 100, 1e-2))
+assert len(rows) == 3 and len(models) == 12
+for model in models.values():
+    assert model.sample(5, 0).shape == (5, 6, 5) and model.log_prob(x).isfinite().all()
+"""
 USES = {
+    "pixels": [PIXELS],
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
     "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
     "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
