@@ -35,7 +35,7 @@ from ._runtime import AMD, backend, jit, tl, triton
 
 def nearest_point_reference(x, y, x_length=None, y_length=None) -> tuple[Tensor, Tensor]:
     """The definition, in any dtype and differentiable by autograd; B x N x M x D numbers in memory."""
-    (B, N, _), M = x.shape, y.shape[1]
+    N, M = x.shape[1], y.shape[1]
     squares = (x[:, :, None] - y[:, None]).square().sum(-1)             # (B, N, M)
     if y_length is not None:
         squares = squares.masked_fill(torch.arange(M, device=x.device) >= y_length[:, None, None], torch.inf)
