@@ -443,15 +443,15 @@ class Clouds:
             raise ValueError(f"pairs are of gaussian or background noise on 2 to {self.POOL} points; got {noise}, "
                              f"{points}")
         pool = self.pool.to(device)
-        draw = lambda *shape: torch.rand(*shape, device=device)
+        draw, normal = (functools.partial(f, dtype=pool.dtype, device=device) for f in (torch.rand, torch.randn))
         while True:
             which = torch.randint(len(pool), (batch, 1), device=device)
             first, stride = torch.randint(self.POOL, (2, batch, 1), device=device)
             at = first + (2 * stride + 1) * torch.arange(points, device=device)     # an odd stride: all are distinct
-            q, r = torch.linalg.qr(torch.randn(batch, 3, 3, device=device))
+            q, r = torch.linalg.qr(normal(batch, 3, 3))
             q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]                          # mirrored ones too
             clean = normalize(pool[which, at % self.POOL] @ q)
-            noisy = clean + (0.005 + 0.025 * draw(batch, 1, 1)) * torch.randn(clean.shape, device=device)
+            noisy = clean + (0.005 + 0.025 * draw(batch, 1, 1)) * normal(clean.shape)
             if noise == "background" and (most := points // 20):
                 stray = 2 * draw(batch, most, 3) - 1                                    # rows are in random order
                 stray = stray.where(draw(batch, most, 1) < draw(batch, 1, 1), noisy[:, :most])
@@ -596,6 +596,5 @@ def picture(path, rows, shown: int = 4, far: float = 0.1) -> None:
             ax.scatter(*x.T.numpy(), s=1.5, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
             ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
             ax.set_axis_off()
-            if c == 0:
-                ax.set_title(title, fontsize=10, color=INK, loc="left")
+            ax.set_title("" if c else title, fontsize=10, color=INK, loc="left")
     _write(path, lambda handle: figure.savefig(handle, format="png", facecolor=PAPER))

@@ -270,7 +270,7 @@ def test_kernel_chamfer_on_the_gpu(B, N, M):
 
 @needs_gpu
 def test_kernel_chamfer_on_the_gpu_goes_into_a_cuda_graph():
-    x, y, *_ = (t.cuda() for t in draw(2, 300, 200)[:2])
+    x, y = (t.cuda() for t in draw(2, 300, 200)[:2])
     eager = kernels.nearest_point(x, y)[1]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
