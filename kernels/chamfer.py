@@ -16,8 +16,8 @@ eps = 2^-23. The kernel's index is that of float64 unless two distances agree to
 
 What it saves. Eager cdist and min write and read the N x M matrix, 1 GB for two clouds of 16,384 points, and autograd
 keeps it. The kernel is one launch a direction: 64 points of x stay in registers, 32 of y pass at a time, every thread
-keeps the best of the columns it sees and the threads compare once, at the end: nine instructions a pair, no shuffle in
-the loop. On a CPU a tile of scores stays in L2 (quantize.py), one thread a cloud where there are many.
+keeps the best of the columns it sees and the threads compare once, at the end: ten instructions a pair, no shuffle in
+the loop. On a CPU a tile of scores stays in L2 (quantize.py): of a large cloud, or of several small ones together.
 
 Limits. D = 1, 2 or 3 and float32 or less in the kernel; the rest runs in PyTorch. A NaN is nobody's neighbour, and has
 distance inf or NaN itself. Second derivatives: none.
@@ -46,26 +46,56 @@ def nearest_point_reference(x, y, x_length=None, y_length=None) -> tuple[Tensor,
     return distance.masked_fill(outside, 0), index.masked_fill(outside, -1)
 
 
-# ---- PyTorch: a cloud at a time, each in tiles that stay in cache
+# ---- PyTorch: a large cloud at a time, in tiles that stay in cache; small clouds together
 
 
-def _nearest_torch(x, y, x_length, y_length) -> Tensor:
-    (B, N, _), index = x.shape, x.new_full(x.shape[:2], -1, dtype=torch.int64)
-    lengths = [(N, y.shape[1])] * B if x_length is None else list(zip(x_length.tolist(), y_length.tolist()))
+def _small(x, y, n, m) -> Tensor:
+    """Index (C, N) for clouds whose C x N x M scores fit a cache; n, m (C,): how many points of each count.
+
+    As in quantize.py: scores (x - c) . (y - c) - |y - c|^2 / 2 with c = y_0, and where rounding could matter float64.
+    """
+    (_, N, D), M, info = x.shape, y.shape[1], torch.finfo(x.dtype)
+    pad = torch.arange(M, device=y.device) >= m[:, None]                # (C, M)
+    e = (y - y[:, :1]).masked_fill_(pad[..., None], 0)
+    z, half = x - y[:, :1], e.square().sum(2).div_(-2)
+    radius = (-2 * half.amin(1)).sqrt()
+    slack = (D + 16) * info.eps * radius
+    half.masked_fill_(pad, -torch.inf)
+    s = torch.baddbmm(half[:, None], z, e.mT)                           # (C, N, M)
+    reach = slack[:, None] * torch.linalg.vector_norm(z, dim=2) + (slack * radius + 4 * D * info.tiny)[:, None]
+    near = s.ge_((s.amax(2) - reach)[..., None])
+    total = near @ torch.arange(M, 2 * M, device=x.device).to(x.dtype)  # M + index of one, 2 M or more of several
+    index = total.sub_(M).long()
+    here = torch.arange(N, device=x.device) < n[:, None]
+    cloud, row = (here & ((index < 0) | (index >= M))).nonzero(as_tuple=True)
+    if len(cloud):
+        squares = (x.double()[cloud, row, None] - y.double()[cloud]).square_().sum(2)
+        index[cloud, row] = squares.masked_fill_(pad[cloud], torch.inf).argmin(1)
+    return index.masked_fill_(~here, -1)
+
+
+def _nearest_torch(x, y, x_length, y_length, most=2**17) -> Tensor:
+    (B, N, _), M, index = x.shape, y.shape[1], x.new_full(x.shape[:2], -1, dtype=torch.int64)
+    x, y = (t.to(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)) for t in (x, y))
+    n, m = (torch.full((B,), size, device=x.device) if length is None else length.to(x.device)
+            for length, size in ((x_length, N), (y_length, M)))
+    together = max(1, most // max(1, N * M)) if N * M <= 2 * most else 0
 
     def work(queue):
-        for b in queue:
-            n, m = lengths[b]
-            if n:
-                index[b, :n] = quantize._nearest_torch(x[b, :n], y[b, :m])
+        for part in queue:
+            if together:
+                index[part] = _small(x[part], y[part], n[part], m[part])
+            elif size := n[part].item():
+                index[part, :size] = quantize._nearest_torch(x[part, :size], y[part, :m[part]])
 
+    items = [slice(b, b + together) for b in range(0, B, together)] if together else range(B)
     threads = torch.get_num_threads()
-    if x.is_cuda or threads == 1 or 2 * threads > B:                    # few clouds: the threads share each one's tiles
-        work(range(B))
+    if x.is_cuda or threads == 1 or 2 * threads > len(items) and not together:      # the threads share a cloud's tiles
+        work(items)
         return index
     try:
         torch.set_num_threads(1)                                        # of the threads that _share starts
-        quantize._share(work, range(B), threads)
+        quantize._share(work, items, threads)
     finally:
         torch.set_num_threads(threads)
     return index

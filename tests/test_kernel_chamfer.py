@@ -15,7 +15,7 @@ import kernels
 from kernels import chamfer
 from kernels.chamfer import nearest_point_reference
 
-PATHS = ["torch", pytest.param("triton", marks=needs_triton)]
+PATHS = ["torch", "loop", pytest.param("triton", marks=needs_triton)]
 sizes = dict(B=st.integers(1, 3), N=st.sampled_from([1, 5, 63, 64, 65, 131]), M=st.sampled_from([1, 2, 31, 32, 33, 70]),
              D=st.sampled_from([1, 2, 3]), seed=st.integers(0, 2**32))
 
@@ -28,8 +28,8 @@ def draw(B, N, M, D=3, seed=0, dtype=torch.float32, ragged=False):
 
 
 def find(path, x, y, *lengths):
-    if path == "torch":
-        return chamfer._nearest_torch(x, y, *lengths)
+    if path != "triton":                                                # loop: a cloud at a time, as if it were large
+        return chamfer._nearest_torch(x, y, *lengths, **(dict(most=0) if path == "loop" else {}))
     return chamfer._nearest_triton(x.to(DEVICE), y.to(DEVICE), *lengths).cpu()
 
 
@@ -74,14 +74,17 @@ def test_kernel_chamfer_distance_has_no_cancellation(path, B, N, M, D, seed, off
     x, y, *lengths = draw(B, N, M, D, seed, ragged=ragged)
     x, y = x + offset, y + offset
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERNELS", path)
+        patch.setenv("KERNELS", path.replace("loop", "torch"))
         distance = kernels.nearest_point(x.to(DEVICE), y.to(DEVICE), *lengths)[0].cpu()
     torch.testing.assert_close(distance.double(), exact(x, y, *lengths)[0], rtol=1e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("most", [0, 2000, 6000, 2**17])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_kernel_chamfer_shares_its_clouds_among_threads(threads):       # the count not put back; index[b] for index[0]
+def test_kernel_chamfer_shares_its_clouds_among_threads(threads, most, monkeypatch):   # the count not put back
     x, y, *lengths = draw(9, 40, 50, ragged=True)
+    whole = chamfer._nearest_torch
+    monkeypatch.setattr(chamfer, "_nearest_torch", lambda *a: whole(*a, most=most))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -90,6 +93,21 @@ def test_kernel_chamfer_shares_its_clouds_among_threads(threads):       # the co
     finally:
         torch.set_num_threads(before)
     assert torch.equal(index, exact(x, y, *lengths)[1]) and not index.is_inference()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shift", [0, 1e-8, 1e-7])
+def test_kernel_chamfer_between_two_points(path, shift):                # slack 0: rounding decides
+    g = torch.Generator().manual_seed(1)
+    y = (4 * torch.randn(2, 30, 3, generator=g, dtype=torch.float64)).float()
+    a, b = y[:, :29].double(), y[:, 1:].double()
+    x = ((a + b) / 2 + shift * torch.randn(2, 29, 1, generator=g, dtype=torch.float64) * (a - b)).float()
+    distance, index = exact(x, y)
+    found = find(path, x, y, None, None)
+    if path != "triton":
+        assert torch.equal(found, index)
+    again = (x.double() - y.double().gather(1, found[..., None].expand(-1, -1, 3))).square().sum(-1)
+    torch.testing.assert_close(again, distance, rtol=1e-6, atol=0)
 
 
 @needs_triton
@@ -105,7 +123,7 @@ def test_kernel_chamfer_writes_all_of_its_output_and_no_more(monkeypatch):  # th
 
 @pytest.mark.parametrize("path", PATHS)
 def test_kernel_chamfer_of_views_halves_and_other_dimensions(path, monkeypatch):    # .contiguous() left out
-    monkeypatch.setenv("KERNELS", path)
+    monkeypatch.setenv("KERNELS", path.replace("loop", "torch"))
     x, y, *_ = draw(2, 60, 50)
     for a, b in ((x[:, ::2], y.flip(1)), (x.mT[:, :3].contiguous().mT, y), (x[:, :, :2], y[:, :, 1:]),
                  (x[:1].expand(2, -1, -1), y), (x.half(), y.half()), (x[:, :0], y)):
@@ -250,6 +268,16 @@ def test_kernel_chamfer_bench_runs(capsys, monkeypatch, argv):
     monkeypatch.setattr(sys, "argv", ["chamfer.py", "--sizes", "2x30", "--repeats", "1", *argv])
     bench.main()
     assert "cdist" in capsys.readouterr().out
+
+
+def test_kernel_chamfer_bench_of_the_kernels():
+    from kernels import bench
+
+    torch.set_default_dtype(torch.float32)
+    rows = []
+    with torch.no_grad():
+        bench.bench_chamfer(rows, print, "cpu", sizes=((2, 40),))
+    assert {row[1] for row in rows} == {"chamfer_distance", "eager cdist, min"} and len(rows) == 4
 
 
 # ---- a GPU, where there is one
