@@ -7,7 +7,8 @@ steps against the eager loop as one writes it, the smallest eager loop (biases f
 of that step and a CUDA graph of it, and the image update against eager and torch.compile; beside them the physical
 floor, from a copy bandwidth and an fp16 matrix rate measured on the spot. The nearest code of 65,536 vectors among
 1,024 stands beside eager cdist and argmin, the fewest eager operations, torch.compile and a CUDA graph of both. On a
-CPU: the tiled paths against eager. Chamfer distances, forward and with the gradient, stand beside eager cdist. Medians of a few runs, and rows where the kernel loses stay in. --write puts the
+CPU: the tiled paths against eager; on both, Chamfer distances and their gradients against eager cdist. Medians of a few
+runs, and rows where the kernel loses stay in. --write puts the
 table into kernels/RESULTS.md.
 """
 
@@ -241,6 +242,7 @@ def eager_chamfer(x, y):
 
 
 def bench_chamfer(rows, note, device, bandwidth=None, sizes=((8, 1024), (32, 2048), (1, 16_384))):
+    clock = event_ms if device == "cuda" else lambda f: median_ms(f, 9, device)
     for B, N in sizes if device == "cuda" else sizes[:1]:
         x, y = (torch.nn.functional.normalize(vectors(B * N, B * N, 3, device)[i], dim=1).view(B, N, 3) for i in (0, 1))
         truth = chamfer.chamfer_distance(x.double(), y.double())
@@ -254,7 +256,6 @@ def bench_chamfer(rows, note, device, bandwidth=None, sizes=((8, 1024), (32, 204
                 a, b = (t.detach().requires_grad_() for t in (x, y))
                 return torch.autograd.grad(function(a, b).sum(), (a, b))
 
-        clock = event_ms if device == "cuda" else lambda f: median_ms(f, 9, device)
         for what, of in (("", lambda f, x=x, y=y: f(x, y)), (", forward and backward", backward)):
             ms = {label: attempt(lambda f=f, of=of: clock(lambda: of(f)), f"Chamfer {B} x {N:,}, {label}", note)
                   for label, f in (("chamfer_distance", chamfer.chamfer_distance), ("eager cdist, min", eager_chamfer))}
