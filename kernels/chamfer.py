@@ -74,12 +74,12 @@ def _small(x, y, n, m) -> Tensor:
     return index.masked_fill_(~here, -1)
 
 
-def _nearest_torch(x, y, x_length, y_length, most=2**17) -> Tensor:
+def _nearest_torch(x, y, x_length, y_length, most=2**19) -> Tensor:
     (B, N, _), M, index = x.shape, y.shape[1], x.new_full(x.shape[:2], -1, dtype=torch.int64)
     x, y = (t.to(torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)) for t in (x, y))
     n, m = (torch.full((B,), size, device=x.device) if length is None else length.to(x.device)
             for length, size in ((x_length, N), (y_length, M)))
-    together = max(1, most // max(1, N * M)) if N * M <= 2 * most else 0
+    together = max(1, most // max(1, N * M)) if 2 * N * M <= most else 0
 
     def work(queue):
         for part in queue:
