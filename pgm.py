@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# ---- graphs: a DAG is {node: parents}, an undirected graph {node: neighbours}
+# ---- graphs: a DAG is {node: parents}, an undirected graph {node: neighbours}; graphs.py has what they say by themselves
 
 
 def topological(parents: dict) -> list:
@@ -61,14 +61,6 @@ def topological(parents: dict) -> list:
     return order
 
 
-def children(parents: dict) -> dict:
-    out = {v: [] for v in parents}
-    for v, above in parents.items():
-        for p in above:
-            out[p].append(v)
-    return out
-
-
 def ancestors(parents: dict, nodes) -> set:
     """The nodes and all that lead to them."""
     found, stack = set(), list(nodes)
@@ -79,67 +71,10 @@ def ancestors(parents: dict, nodes) -> set:
     return found
 
 
-def reachable(parents: dict, below: dict, x, z) -> set:
-    """Nodes with an active trail from x given z; `below` are the children. [1] algorithm 3.1"""
-    z = set(z)
-    opens = ancestors(parents, z)                                       # a collider among these is open
-    visited, found, stack = set(), set(), [(x, True)]
-    while stack:
-        v, up = state = stack.pop()                                     # up: the trail came from a child
-        if state in visited:
-            continue
-        visited.add(state)
-        if v not in z:
-            found.add(v)
-            stack += [(c, False) for c in below[v]]
-        if v not in z if up else v in opens:
-            stack += [(p, True) for p in parents[v]]
-    return found
-
-
-def as_set(x) -> set:
-    return {x} if isinstance(x, str) else set(x)
-
-
-def d_separated(parents: dict, x, y, z=()) -> bool:
-    """Whether x is separated from y by z in a DAG: names or sets of names."""
-    x, y, z = map(as_set, (x, y, z))
-    for v in x | y | z:
-        if v not in parents:
-            raise ValueError(f"{v} is not a variable of the graph; it has {', '.join(map(str, parents))}")
-    if x & y or (x | y) & z:
-        raise ValueError("the three sets of a statement about independence must not share a variable")
-    below = children(parents)
-    return not any(reachable(parents, below, v, z) & y for v in x)
-
-
-def separated(graph: dict, x, y, z=()) -> bool:
-    """Whether z cuts every path between x and y in an undirected graph."""
-    found, stack, y = set(as_set(z)), list(as_set(x)), as_set(y)
-    while stack:
-        if (v := stack.pop()) not in found:
-            found.add(v)
-            stack += graph[v]
-    return not found & (y - as_set(z))
-
-
-def markov_blanket(parents: dict, x) -> set:
-    """Parents, children and the children's other parents."""
-    below = children(parents)[x]
-    return {*parents[x], *below, *(p for c in below for p in parents[c])} - {x}
-
-
 def complete(graph: dict, nodes) -> None:
     """Join all of `nodes`, in place."""
     for v in nodes:
         graph[v].update(u for u in nodes if u != v)
-
-
-def moralize(parents: dict) -> dict:
-    graph = {v: set() for v in parents}
-    for v, above in parents.items():
-        complete(graph, (v, *above))
-    return graph
 
 
 def triangulate(graph: dict, size: dict, last=()) -> tuple[list, list]:
@@ -163,182 +98,6 @@ def triangulate(graph: dict, size: dict, last=()) -> tuple[list, list]:
         complete(graph, around)
         costs.update((u, cost(u)) for u in changed if u in costs)
     return order, cliques
-
-
-def is_chordal(graph: dict) -> bool:
-    """Whether elimination in reversed maximum-cardinality order adds no edge."""
-    numbered = []
-    weight = dict.fromkeys(graph, 0)
-    while weight:
-        v = max(weight, key=weight.get)
-        earlier = graph[v].intersection(numbered)
-        if any(b not in graph[a] for a, b in itertools.combinations(earlier, 2)):
-            return False
-        del weight[v]
-        numbered.append(v)
-        for u in graph[v]:
-            if u in weight:
-                weight[u] += 1
-    return True
-
-
-def maximal_cliques(graph: dict) -> list[frozenset]:
-    """Bron-Kerbosch with a pivot. [4]"""
-
-    def extend(clique, candidates, done):
-        if not candidates and not done:
-            yield frozenset(clique)
-            return
-        pivot = max(candidates | done, key=lambda u: len(candidates & graph[u]))
-        for v in list(candidates - graph[pivot]):
-            yield from extend(clique | {v}, candidates & graph[v], done & graph[v])
-            candidates = candidates - {v}
-            done = done | {v}
-
-    return list(extend(frozenset(), set(graph), set()))
-
-
-def immoralities(parents: dict) -> set:
-    """(a, c, b) with a -> c <- b and no edge between a and b, a < b."""
-    linked = lambda a, b: a in parents[b] or b in parents[a]
-    return {(*sorted((a, b))[:1], c, *sorted((a, b))[1:]) for c, above in parents.items()
-            for a, b in itertools.combinations(above, 2) if not linked(a, b)}
-
-
-def skeleton(parents: dict) -> set:
-    return {frozenset((p, v)) for v, above in parents.items() for p in above}
-
-
-def i_equivalent(a: dict, b: dict) -> bool:
-    """Same skeleton and same immoralities. [1] theorem 3.8"""
-    return a.keys() == b.keys() and skeleton(a) == skeleton(b) and immoralities(a) == immoralities(b)
-
-
-def cpdag(edges: set, colliders: set) -> tuple[set, set]:
-    """Arrows that all members of a class share, {(a, b)}, and the undirected rest, from skeleton and immoralities.
-    Meek's rules R1 to R3 [5]; R4 is for background knowledge."""
-    arrows = {(x, c) for a, c, b in colliders for x in (a, b)}
-    free = {e for e in edges if not any((a, b) in arrows for a, b in itertools.permutations(e))}
-    nodes = set().union(*edges) if edges else set()
-    joined = lambda a, b: frozenset((a, b)) in edges
-
-    def forced(a, b):                                                   # a - b must become a -> b
-        into = [c for c in nodes if (c, b) in arrows]
-        return (any((c, a) in arrows and c != b and not joined(c, b) for c in nodes)                    # R1
-                or any((a, c) in arrows for c in into)                                                  # R2
-                or any(frozenset((a, c)) in free and frozenset((a, d)) in free and not joined(c, d)
-                       for c, d in itertools.combinations(into, 2)))                                    # R3
-
-    while found := next((pair for e in free for pair in itertools.permutations(e) if forced(*pair)), None):
-        arrows.add(found)
-        free.remove(frozenset(found))
-    return arrows, free
-
-
-def essential(parents: dict) -> tuple[set, set]:
-    """The CPDAG of a DAG's class."""
-    return cpdag(skeleton(parents), immoralities(parents))
-
-
-def subsets(items, least: int = 0):
-    items = list(items)
-    return itertools.chain.from_iterable(itertools.combinations(items, k) for k in range(least, len(items) + 1))
-
-
-def minimal_i_map(order, independent) -> dict:
-    """The DAG in which each variable gets a least set of predecessors that cuts it off from the others; order matters.
-    independent(x, ys, z) answers for the distribution. [1] algorithm 3.2"""
-    parents = {}
-    for i, v in enumerate(order):
-        above = next(u for u in subsets(order[:i])
-                     if len(u) == i or independent(v, set(order[:i]) - set(u), set(u)))
-        parents[v] = tuple(above)
-    return parents
-
-
-def markov_i_map(names, independent) -> dict:
-    """The minimal undirected I-map of a positive distribution: no edge where x and y are independent given the rest."""
-    graph = {v: set() for v in names}
-    for x, y in itertools.combinations(names, 2):
-        if not independent(x, {y}, set(names) - {x, y}):
-            complete(graph, (x, y))
-    return graph
-
-
-def statements(names, separated) -> set:
-    """All (x, y, z) of a graph or a distribution, x and y single, that `separated(x, {y}, z)` affirms."""
-    return {(x, y, frozenset(z)) for x, y in itertools.combinations(sorted(names), 2)
-            for z in subsets(set(names) - {x, y}) if separated(x, {y}, set(z))}
-
-
-def local_statements(parents: dict) -> list:
-    """(x, its non-descendants without the parents, its parents) where the middle is not empty. [1] definition 3.1"""
-    rest = {v: {u for u in parents if v not in ancestors(parents, [u])} - set(parents[v]) for v in parents}
-    return [(v, others, set(parents[v])) for v, others in rest.items() if others]
-
-
-def find_perfect_map(names, independent) -> dict | None:
-    """A DAG whose d-separations are exactly the independences of an oracle, or None: skeleton, immoralities, rules,
-    an extension, and the test of every statement. [1] section 3.4.3"""
-    names, witness, edges = list(names), {}, set()
-    for x, y in itertools.combinations(names, 2):
-        cut = next((set(z) for z in subsets(set(names) - {x, y}) if independent(x, {y}, set(z))), None)
-        edges |= {frozenset((x, y))} if cut is None else set()
-        witness[frozenset((x, y))] = cut
-    colliders = {(*sorted((a, b))[:1], c, *sorted((a, b))[1:]) for c in names
-                 for a, b in itertools.combinations([v for v in names if frozenset((v, c)) in edges], 2)
-                 if frozenset((a, b)) not in edges and c not in witness[frozenset((a, b))]}
-    arrows, free = cpdag(edges, colliders)
-    for order in itertools.permutations(names):                         # small graphs: any order that fits the arrows
-        place = {v: i for i, v in enumerate(order)}
-        if all(place[a] < place[b] for a, b in arrows):
-            rest = [sorted(e, key=place.get) for e in free]
-            parents = {v: tuple(a for a, b in [*arrows, *rest] if b == v) for v in names}
-            if immoralities(parents) == colliders:
-                same = statements(names, lambda *s: d_separated(parents, *s)) == statements(names, independent)
-                return parents if same else None
-    return None
-
-
-class Separations:
-    """d-separation of many queries (x, y, z) at once: bit q of an integer belongs to query q, so that one pass of
-    algorithm 3.1 over the edges, up and down until nothing changes, serves thousands."""
-
-    def __init__(self, parents: dict):
-        self.order = topological(parents)
-        self.index = {v: i for i, v in enumerate(self.order)}
-        self.parents = [[self.index[p] for p in parents[v]] for v in self.order]
-
-    def __call__(self, queries, block: int = 4096) -> list[bool]:
-        return [s for i in range(0, len(queries), block) for s in self._block(queries[i:i + block])]
-
-    def _block(self, queries):
-        index, parents, n = self.index, self.parents, len(self.order)
-        up, down, z, ends = [0] * n, [0] * n, [0] * n, []
-        for q, (x, y, observed) in enumerate(queries):
-            bit = 1 << q
-            up[index[x]] |= bit
-            ends.append(index[y])
-            for v in observed:
-                z[index[v]] |= bit
-        opens, both = z[:], range(n)
-        for v in reversed(both):
-            for p in parents[v]:
-                opens[p] |= opens[v]
-        hidden = [~m for m in z]
-        before = None
-        while before != (up, down):
-            before = up[:], down[:]
-            for v in reversed(both):
-                if rising := up[v] & hidden[v] | down[v] & opens[v]:
-                    for p in parents[v]:
-                        up[p] |= rising
-            passing = [(a | b) & h for a, b, h in zip(up, down, hidden)]
-            for v in both:
-                for p in parents[v]:
-                    down[v] |= passing[p]
-                passing[v] |= down[v] & hidden[v]
-        return [not (up[y] | down[y]) >> q & 1 for q, y in enumerate(ends)]
 
 
 # ---- factors and networks
@@ -371,18 +130,6 @@ def marginal(factor: Factor, keep, over=np.sum) -> Factor:
     axes = tuple(i for i, v in enumerate(factor.variables) if v not in keep)
     left = Factor(tuple(v for v in factor.variables if v in keep), over(factor.table, axis=axes))
     return product([left], [v for v in keep if v in left.variables])
-
-
-def mutual_information(joint: Factor, x, y, z=()) -> float:
-    """I(x; y | z) in nats of a normalised joint table; 0 exactly where they are independent."""
-    x, y, z = (tuple(sorted(as_set(s))) for s in (x, y, z))
-    entropy = lambda names: -sum(p * math.log(p) for p in marginal(joint, names).table.ravel().tolist() if p > 0)
-    return entropy(x + z) + entropy(y + z) - entropy(x + y + z) - entropy(z)
-
-
-def oracle(joint: Factor, tolerance: float = 1e-12):
-    """independent(x, y, z) of a distribution: whether the mutual information is 0 up to rounding."""
-    return lambda x, y, z=(): mutual_information(joint, x, y, z) < tolerance
 
 
 class Network:
@@ -654,3 +401,178 @@ class JunctionTree:
         if not many:
             return {v: p[0][:, 0] for v, p in out.items()}, log_z[0][0]
         return {v: np.concatenate(p, 1).T for v, p in out.items()}, np.concatenate(log_z)
+
+
+# ---- approximate inference
+
+
+def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0.5, tolerance: float = 1e-10):
+    """({name: belief}, Bethe log Z, largest change of the last round) by sum-product on the factor graph.
+
+    Exact on trees; elsewhere a fixed point of the Bethe free energy [3] (35), if it is reached at all: a change above
+    the tolerance says that it was not. All messages move together, new ones weigh 1 - damping."""
+    factors = [f for f in network.under(evidence) if f.variables]
+    constant = math.prod(float(f.table) for f in network.under(evidence) if not f.variables)
+    names, change = [v for v in network.states if v not in (evidence or {})], math.inf
+    into = {v: [(a, f.variables.index(v)) for a, f in enumerate(factors) if v in f.variables] for v in names}
+    to_variable = {(a, k): np.full(network.size[v], 1 / network.size[v]) for v in names for a, k in into[v]}
+
+    def normal(p):
+        if not (total := p.sum()) or not constant:
+            raise impossible(evidence)
+        return p / total
+
+    def belief(a, without=None):                                        # psi_a times what its variables say
+        f, table = factors[a], factors[a].table
+        for k, v in enumerate(f.variables):
+            if k != without:
+                said = math.prod((to_variable[b, m] for b, m in into[v] if b != a), start=np.ones(network.size[v]))
+                table = table * normal(said).reshape([-1 if i == k else 1 for i in range(table.ndim)])
+        return table
+
+    for _ in range(rounds):
+        new = {(a, k): normal(belief(a, k).sum(tuple(i for i in range(factors[a].table.ndim) if i != k)))
+               for a, k in to_variable}
+        change = max((abs(new[e] - to_variable[e]).max() for e in new), default=0.0)
+        to_variable = {e: (1 - damping) * m + damping * to_variable[e] for e, m in new.items()}
+        if change < tolerance:
+            break
+    beliefs = {v: normal(math.prod((to_variable[e] for e in into[v]), start=np.ones(network.size[v]))) for v in names}
+    log = lambda p: np.log(np.where(p > 0, p, 1))
+    log_z = math.log(constant)
+    for a, f in enumerate(factors):
+        b = normal(belief(a))
+        log_z += (b * (log(f.table) - log(b))).sum()
+    return beliefs, log_z + sum((len(into[v]) - 1) * (b * log(b)).sum() for v, b in beliefs.items()), change
+
+
+def conditional(factors, v, state: dict) -> np.ndarray:
+    """p(v | all others) of many states {name: (C,)}, (C, K): the factors that touch v, multiplied and normalised."""
+    weight = 1.0
+    for f in factors:
+        if v in f.variables:
+            table = np.moveaxis(f.table, f.variables.index(v), -1)
+            weight = weight * table[tuple(state[u] for u in f.variables if u != v)]
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def gibbs(network: Network, evidence=None, sweeps: int = 1000, chains: int = 100, burn: int = 100, rng=None):
+    """({name: estimate of p(x | e)}, {name: its standard error}) from many chains; each visit counts its whole
+    conditional. Chains start as forward samples weighted by the evidence; zeros in a table may part what they reach."""
+    rng, at = rng or np.random.default_rng(0), network.observe(evidence)
+    names = [v for v in network.states if v not in at]
+    factors = [*network.under(at), *(Factor((v,), np.ones(network.size[v])) for v in names)]
+    if network.parents:
+        start, log_weight = sample(network, max(10_000, chains), rng, at)
+        if log_weight.max() == -np.inf:
+            raise ValueError(f"no start: in {len(log_weight)} forward samples {impossible(evidence)}")
+        weight = np.exp(log_weight - log_weight.max())
+        chosen = rng.choice(len(weight), chains, p=weight / weight.sum())
+        state = {v: start[v][chosen] for v in names}
+    else:
+        state = {v: rng.integers(network.size[v], size=chains) for v in names}
+    touching = {v: [f for f in factors if v in f.variables] for v in names}
+    sums = {v: np.zeros((chains, network.size[v])) for v in names}
+    for sweep in range(burn + sweeps):
+        for v in names:
+            p = conditional(touching[v], v, state)
+            state[v] = (rng.random((chains, 1)) > p.cumsum(-1)[:, :-1]).sum(-1)
+            if sweep >= burn:
+                sums[v] += p
+    means = {v: s / sweeps for v, s in sums.items()}
+    return {v: m.mean(0) for v, m in means.items()}, {v: m.std(0) / (chains - 1) ** 0.5 for v, m in means.items()}
+
+
+def expected_log(log_factor: Factor, q: dict, without=None) -> np.ndarray:
+    """E_q log psi_a over all its variables but `without`."""
+    table = log_factor.table
+    for k in reversed(range(len(log_factor.variables))):
+        if (v := log_factor.variables[k]) != without:
+            table = np.tensordot(table, q[v], (k, 0))
+    return table
+
+
+def entropy(p: np.ndarray) -> float:
+    return -float((p * np.log(np.where(p > 0, p, 1))).sum())
+
+
+def elbo(log_factors, q: dict) -> float:
+    """sum_a E_q log psi_a + sum_i H(q_i) <= log Z. [1] (11.3)"""
+    return float(sum(expected_log(f, q) for f in log_factors)) + sum(map(entropy, q.values()))
+
+
+def mean_field_update(log_factors, q: dict, v) -> np.ndarray:
+    """The best q_v while the others stay: log q_v = sum_{a of v} E_q log psi_a + constant. [1] (11.54)"""
+    score = sum(expected_log(f, q, v) for f in log_factors if v in f.variables)
+    p = np.exp(score - score.max())
+    return p / p.sum()
+
+
+def mean_field(network: Network, evidence=None, sweeps: int = 200, tolerance: float = 1e-10, rng=None):
+    """(q, [ELBO before and after each sweep]): one variable after the other, which never lowers the bound (all at once
+    may). Local optima depend on the random start. A zero counts as 1e-300, so its bound is on a Z that is as close."""
+    rng, names = rng or np.random.default_rng(0), [v for v in network.states if v not in (evidence or {})]
+    log_factors = [Factor(f.variables, np.log(np.maximum(f.table, 1e-300))) for f in network.under(evidence)]
+    log_factors += [Factor((v,), np.zeros(network.size[v])) for v in names]
+    touching = {v: [f for f in log_factors if v in f.variables] for v in names}
+    q = {v: rng.dirichlet(np.full(network.size[v], 10.0)) for v in names}
+    bounds = [elbo(log_factors, q)]
+    for _ in range(sweeps):
+        for v in names:
+            q[v] = mean_field_update(touching[v], q, v)
+        bounds.append(elbo(log_factors, q))
+        if bounds[-1] - bounds[-2] < tolerance:
+            break
+    return q, bounds
+
+
+# ---- sampling and learning
+
+
+def sample(network: Network, n: int, rng=None, evidence=None) -> tuple[dict, np.ndarray]:
+    """({name: states (n,)}, log weights (n,)): parents first, evidence held and weighted by its probability."""
+    if not network.parents:
+        raise ValueError("ancestral sampling needs a Bayesian network; this one has potentials and no direction")
+    rng, at, out, log_weight = rng or np.random.default_rng(0), network.observe(evidence), {}, np.zeros(n)
+    cpds, u = {f.variables[-1]: f for f in network.factors}, np.empty(n)
+    for v in topological(network.parents):
+        table, row = cpds[v].table, 0
+        for p in network.parents[v]:
+            row = row * network.size[p] + out[p]
+        rows = table.reshape(-1, network.size[v])
+        if v in at:
+            out[v] = np.full(n, at[v])
+            with np.errstate(divide="ignore"):
+                log_weight += np.log(rows[row, at[v]])
+            continue
+        rng.random(out=u)
+        state = np.zeros(n, np.intp)
+        for limit in rows.cumsum(-1).T[:-1]:
+            state += u >= limit[row]
+        out[v] = state
+    return out, log_weight
+
+
+def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8, pseudo: float = 0.0):
+    """(network with fitted tables, [log-likelihood before each round and at the end]) from {name: states (N,)}, -1 or no
+    array where hidden. One calibration a round for each distinct row gives the expected counts of all families [6];
+    they rise monotonically for pseudo = 0. A row of parents that never occurs keeps its distribution."""
+    data = {v: np.asarray(s) for v, s in network.observe(data).items()}
+    if not network.parents or not data:
+        raise ValueError("EM fits the tables of a Bayesian network to rows of data, {name: array of states}")
+    rows, counts = np.unique(np.stack(list(data.values())), axis=1, return_counts=True)
+    history = []
+    for k in range(rounds + 1):
+        tree = JunctionTree(network)
+        beliefs, log_z = tree.calibrate(dict(zip(data, rows)))
+        history.append(float(log_z @ counts))
+        if k == rounds or k and history[-1] - history[-2] < tolerance * len(counts) and not pseudo:
+            break
+        factors = []
+        for f in network.factors:
+            i = tree._smallest(f.variables)
+            family = marginal(Factor(tree.cliques[i], beliefs[i] @ counts), f.variables).table + pseudo
+            total = family.sum(-1, keepdims=True)
+            factors.append((f.variables, np.where(total > 0, family / np.where(total > 0, total, 1), f.table)))
+        network = Network(network.states, factors, network.parents)
+    return network, history
