@@ -246,14 +246,17 @@ def find_perfect_map(names, independent) -> dict | None:
                  if frozenset((a, b)) not in edges and c not in witness[frozenset((a, b))]}
     arrows, free = cpdag(edges, colliders)
     for order in itertools.permutations(names):                         # small graphs: any order that fits the arrows
-        place = {v: i for i, v in enumerate(order)}
-        if all(place[a] < place[b] for a, b in arrows):
-            rest = [sorted(e, key=place.get) for e in free]
+        if all(order.index(a) < order.index(b) for a, b in arrows):
+            rest = [sorted(e, key=order.index) for e in free]
             parents = {v: tuple(a for a, b in [*arrows, *rest] if b == v) for v in names}
             if immoralities(parents) == colliders:
-                same = statements(names, lambda *s: d_separated(parents, *s)) == statements(names, independent)
-                return parents if same else None
+                return parents if is_perfect_map(parents, names, independent) else None
     return None
+
+
+def is_perfect_map(parents: dict, names, independent) -> bool:
+    """Whether the d-separations of a DAG are exactly the independences of an oracle."""
+    return statements(names, lambda *s: d_separated(parents, *s)) == statements(names, independent)
 
 
 def mutual_information(joint: np.ndarray, names, x, y, z=()) -> float:

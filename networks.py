@@ -1,7 +1,7 @@
 """Networks that are built in, as data: {name: (what it is, {variable: states}, {variable: (parents, table)})}.
 
-In a table each parent has an axis in the order in which the parents are listed, and the variable's own states come last,
-so that the innermost lists sum to 1. GRAPHS holds graphs of the course sheets that come without numbers, MARKOV factors.
+In a table each parent has an axis, in the order in which the parents are listed, and the variable's own states come
+last, so that the innermost lists sum to 1. GRAPHS holds graphs of the course sheets without numbers, MARKOV factors.
 
 Sources
   asia        Lauritzen, Spiegelhalter, Local computations with probabilities, JRSS B 50(2), 1988
@@ -56,7 +56,7 @@ NETWORKS = {
         "D": (("C", "B"), [[[0.8, 0.2], [0.6, 0.4]], [[0.4, 0.6], [0.2, 0.8]]]),
         "E": (("C",), [[0.5, 0.5], [0.9, 0.1]]),
     }),
-    "server": ("Open door, Ac failure, Temperature high, Message, Siren", dict.fromkeys(("O", "A", "T", "M", "S"), YES), {
+    "server": ("Open door, Ac failure, high Temperature, Message, Siren", dict.fromkeys("OATMS", YES), {
         "O": ((), [0.1, 0.9]),
         "A": ((), [0.02, 0.98]),
         "T": (("O", "A"), [[[0.98, 0.02], [0.35, 0.65]], [[0.9, 0.1], [0.02, 0.98]]]),
@@ -71,7 +71,8 @@ NETWORKS = {
         "F": ((), [0.4, 0.6]),
         "I": (("M", "S"), [[[0.9, 0.08, 0.02], [0.7, 0.25, 0.05]], [[0.6, 0.3, 0.1], [0.3, 0.4, 0.3]]]),
         "T": (("I", "F"), [[[0.05, 0.95], [0.02, 0.98]], [[0.7, 0.3], [0.4, 0.6]], [[0.98, 0.02], [0.75, 0.25]]]),
-        "D": (("I", "T"), [[[0.002, 0.998], [0.001, 0.999]], [[0.004, 0.996], [0.02, 0.98]], [[0.08, 0.92], [0.4, 0.6]]]),
+        "D": (("I", "T"), [[[0.002, 0.998], [0.001, 0.999]], [[0.004, 0.996], [0.02, 0.98]],
+                           [[0.08, 0.92], [0.4, 0.6]]]),
     }),
 }
 

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# ---- graphs: a DAG is {node: parents}, an undirected graph {node: neighbours}; graphs.py has what they say by themselves
+# ---- graphs: a DAG is {node: parents}, an undirected graph {node: neighbours}; more in graphs.py
 
 
 def topological(parents: dict) -> list:
@@ -322,9 +322,8 @@ class JunctionTree:
         held = [[] for _ in sets]
         for f in network.factors:                                       # each factor goes to the smallest clique
             held[self._smallest(f.variables)].append(f)
-        self.tables = [np.broadcast_to(product([Factor((), np.ones(())), *fs], c).table, [size[v] for v in c])[..., None]
-                       for c, fs in zip(self.cliques, held)]
-        self.tables = [np.ascontiguousarray(t) for t in self.tables]
+        whole = lambda c, factors: product([Factor(c, np.ones([size[v] for v in c])), *factors]).table
+        self.tables = [whole(c, factors)[..., None] for c, factors in zip(self.cliques, held)]
         shape = lambda names, c: tuple(size[v] if v in names else 1 for v in c) + (-1,)
         axes = lambda names, c: tuple(k for k, v in enumerate(c) if v not in names)
         self.up, self.down = {}, {}                                     # (axes to sum, shape at the receiver)
@@ -554,9 +553,9 @@ def sample(network: Network, n: int, rng=None, evidence=None) -> tuple[dict, np.
 
 
 def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8, pseudo: float = 0.0):
-    """(network with fitted tables, [log-likelihood before each round and at the end]) from {name: states (N,)}, -1 or no
-    array where hidden. One calibration a round for each distinct row gives the expected counts of all families [6];
-    they rise monotonically for pseudo = 0. A row of parents that never occurs keeps its distribution."""
+    """(network with fitted tables, [log-likelihood before each round and at the end]) from {name: states (N,)}, -1 or
+    no array where hidden. One calibration a round, of all distinct rows at once, gives the expected counts of families
+    [6]. The log-likelihood never falls (pseudo = 0). Rows of a table that never occur stay as they are."""
     data = {v: np.asarray(s) for v, s in network.observe(data).items()}
     if not network.parents or not data:
         raise ValueError("EM fits the tables of a Bayesian network to rows of data, {name: array of states}")
@@ -576,3 +575,124 @@ def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8,
             factors.append((f.variables, np.where(total > 0, family / np.where(total > 0, total, 1), f.table)))
         network = Network(network.states, factors, network.parents)
     return network, history
+
+
+# ---- one run
+
+METHODS = ("junction", "ve", "map", "loopy", "gibbs", "mean-field")
+
+
+def posteriors(network: Network, method: str, evidence: dict, names, seed: int = 0) -> tuple[dict, float, list]:
+    """({name: belief}, log p(e) or what the method knows of it, [ELBO] of a mean field)."""
+    rng, names = np.random.default_rng(seed), [network.known(v) for v in names]
+    if method == "ve":
+        found = [eliminate(network, v, evidence) for v in names]
+        return {v: f.table for v, (f, _) in zip(names, found)}, found[0][1], []
+    beliefs, log_z, bounds = {}, math.nan, []
+    if method == "junction":
+        beliefs, log_z = JunctionTree(network).marginals(evidence)
+    elif method == "loopy":
+        beliefs, log_z, change = loopy(network, evidence)
+        if change > 1e-6:
+            print(f"loopy propagation did not converge: its messages still move by {change:.2g} a round")
+    elif method == "gibbs":
+        beliefs, _ = gibbs(network, evidence, rng=rng)
+    elif method == "mean-field":
+        beliefs, bounds = mean_field(network, evidence, rng=rng)
+        log_z = bounds[-1]
+    return {v: beliefs[v] for v in names}, float(log_z), bounds
+
+
+def parse_evidence(text: str) -> dict:
+    pairs = [p.partition("=") for p in text.split(",") if p]
+    if not all(v and s for v, _, s in pairs):
+        raise ValueError(f"--evidence is a list like xray=yes,smoke=no; got {text!r}")
+    return {v.strip(): s.strip() for v, _, s in pairs}
+
+
+def main():
+    import sys
+
+    if "pixels" in sys.argv or "--model=pixels" in sys.argv:
+        import pixels
+
+        at = next(i for i, a in enumerate(sys.argv) if a in ("--model", "--model=pixels"))
+        del sys.argv[at:at + (2 if sys.argv[at] == "--model" else 1)]
+        return pixels.main()
+
+    import argparse
+
+    import draw_graphs as draw
+    import formats
+    import graphs
+    import metrics
+    import networks
+    import problems
+    import run
+
+    built_in = {**networks.NETWORKS, **networks.MARKOV}
+    parser = run.Parser(prog="pgm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(built_in), default="asia", help="a built-in network; default asia")
+    parser.add_argument("--bif", default="", help="a network from this .bif or .bif.gz file")
+    parser.add_argument("--example", choices=list(problems.PROBLEMS), help="solve this course problem")
+    parser.add_argument("--model", choices=["pixels"], help="the Bayesian network over pixels (pixels.py)")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
+    parser.add_argument("--evidence", default="", help="name=state,...")
+    parser.add_argument("--query", default="", help="name,...; default: all that is not observed")
+    parser.add_argument("--sample", type=int, default=0, help="write so many ancestral samples to samples.csv")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="results")
+    args = parser.parse_args()
+    name = args.example or (args.bif and args.bif.rpartition("/")[2].partition(".")[0]) or args.network
+    args.script, args.model, args.dataset = "pgm", "example" if args.example else args.method, name
+    args.device, args.batch, args.steps, args.log = "cpu", 1, 0, "none"
+    with run.Run(args) as job:
+        if args.example:
+            title, rows = problems.solve(args.example, sys.modules[__name__])
+            print(f"{title}\n\n{problems.listing(rows)}\n")
+            wrong = [row.what for row in rows if not row.agrees]
+            job.report({"rows": metrics.metric(len(rows), None, "checks", "higher"),
+                        "disagree": metrics.metric(len(wrong), 0, "checks")}, rows=[row._asdict() for row in rows])
+            if wrong:
+                raise run.Failed(f"derivation and check disagree: {'; '.join(wrong)}")
+            return
+        if args.bif or name in networks.NETWORKS:
+            network = bayesian(*(formats.read_bif(args.bif) if args.bif else built_in[name][1:]))
+            tables = {f.variables[-1]: f.table for f in network.factors}
+            draw.network_picture(job.folder / "network.png", network.parents, network.states, tables, name)
+        else:
+            network = Network(*built_in[name][1:])
+        evidence, tree = network.observe(parse_evidence(args.evidence)), JunctionTree(network)
+        draw.cliques_picture(job.folder / "cliques.png", network.graph(), graphs.maximal_cliques(network.graph()))
+        draw.tree_picture(job.folder / "tree.png", tree.cliques, tree.parent, tree.sepset)
+        exact, log_z = tree.marginals(evidence)
+        results = {"log_z": metrics.metric(log_z, None, "nats", "higher")}
+        if args.method == "map":
+            best, log_p = most_probable(network, evidence)
+            print("\n".join(f"{v:20} {s}" for v, s in best.items()))
+            results["log_map"] = metrics.metric(log_p - log_z, 0, "nats", "higher")
+        else:
+            names = [v for v in args.query.split(",") if v] or [v for v in network.states if v not in evidence]
+            beliefs, found, bounds = posteriors(network, args.method, evidence, names, args.seed)
+            for v, p in beliefs.items():
+                print(f"{v:20} " + "  ".join(f"{s} {x:.6f}" for s, x in zip(network.states[v], p)))
+            draw.posteriors_picture(job.folder / "posteriors.png", network.states, beliefs, exact)
+            error = max(float(abs(p - exact[v]).max()) for v, p in beliefs.items())
+            results["largest_error"] = metrics.metric(error, 0, "probability")
+            if bounds:
+                results |= {"elbo": metrics.metric(found, log_z, "nats", "higher"),
+                            "kl": metrics.metric(log_z - found, 0, "nats")}
+                curve = [{"step": k, "elbo": b} for k, b in enumerate(bounds)]
+                metrics.curves_picture(job.folder / "elbo.png", curve, {"elbo": log_z})
+            elif math.isfinite(found):
+                results["log_z_found"] = metrics.metric(found, log_z, "nats", "higher")
+        if args.sample:
+            drawn, _ = sample(network, args.sample, np.random.default_rng(args.seed))
+            lines = zip(*([network.states[v][k] for k in drawn[v]] for v in network.states))
+            text = "\n".join([",".join(network.states), *map(",".join, lines)]) + "\n"
+            run.write(job.folder / "samples.csv", text.encode())
+        job.report(results, parameters=network.parameters())
+
+
+if __name__ == "__main__":
+    main()
