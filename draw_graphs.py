@@ -4,6 +4,7 @@
     cliques_picture(path, graph, cliques)               on a circle, each maximal clique in a colour of its own
     tree_picture(path, cliques, parent, sepset)         a junction forest, the sepset on each edge
     posteriors_picture(path, states, beliefs, exact)    a bar for each state, a mark where the exact answer lies
+    report(job, network, tree, ...)                     all of them for one query of pgm.py, and its numbers
 
 Each file is written aside and renamed into place. Layers are longest paths from the roots; within a layer nodes are
 sorted by the mean place of their neighbours in the layer before and behind, swept until it settles.
@@ -148,3 +149,43 @@ def posteriors_picture(path, states: dict, beliefs: dict, exact: dict | None = N
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
     _save(path, figure)
+
+
+def report(job, network, tree, evidence: dict, query, answer, drawn=None) -> None:
+    """Print and draw what pgm.py's --method found, `answer`, beside the exact posteriors of its junction tree."""
+    import graphs
+    import metrics
+    import run
+
+    exact, log_z = tree.marginals(evidence)
+    found, value, *more = answer
+    folder, method, graph = job.folder, job.args.method, network.graph()
+    if network.parents:
+        tables = {f.variables[-1]: f.table for f in network.factors}
+        network_picture(folder / "network.png", network.parents, network.states, tables, job.args.dataset)
+    cliques_picture(folder / "cliques.png", graph, graphs.maximal_cliques(graph))
+    tree_picture(folder / "tree.png", tree.cliques, dict(enumerate(tree.parent)), dict(enumerate(tree.sepset)))
+    results = {"log_z": metrics.metric(log_z, None, "nats", "higher")}
+    names = query or [v for v in network.states if v not in evidence]
+    if method == "map":
+        print("\n".join(f"{v:20} {found.get(v, '(observed)')}" for v in names))
+        results["log_map"] = metrics.metric(value - log_z, 0, "nats", "higher")
+    else:
+        beliefs = {v: found[v] if v in found else exact[v] for v in names}
+        for v, p in beliefs.items():
+            print(f"{v:20} " + "  ".join(f"{s} {x:.6f}" for s, x in zip(network.states[v], p)))
+        posteriors_picture(folder / "posteriors.png", network.states, beliefs, exact)
+        error = max((float(abs(p - exact[v]).max()) for v, p in beliefs.items()), default=0)
+        results["largest_error"] = metrics.metric(error, 0, "probability")
+        if value is not None:
+            results["elbo" if method == "mean-field" else "log_z_found"] = metrics.metric(value, log_z, "nats", "higher")
+    if method == "mean-field":
+        results["kl"] = metrics.metric(log_z - value, 0, "nats")
+        curve = [{"step": k, "elbo": bound} for k, bound in enumerate(more[0])]
+        metrics.curves_picture(folder / "elbo.png", curve, {"elbo": log_z})
+    if method == "loopy":
+        results["last_change"] = metrics.metric(more[0], 0, "probability")
+    if drawn:
+        lines = zip(*([network.states[v][k] for k in drawn[v]] for v in network.states))
+        run.write(folder / "samples.csv", ("\n".join([",".join(network.states), *map(",".join, lines)]) + "\n").encode())
+    job.report(results, parameters=network.parameters())

@@ -177,11 +177,8 @@ class Network:
         return [Factor(tuple(v for v in f.variables if v not in at), pick(f)) for f in self.factors]
 
     def graph(self) -> dict:
-        """Undirected: all variables of a factor are neighbours (of a Bayesian network, the moral graph)."""
-        graph = {v: set() for v in self.states}
-        for f in self.factors:
-            complete(graph, f.variables)
-        return graph
+        """All variables of a factor are neighbours: of a Bayesian network, the moral graph."""
+        return interaction(self.factors, self.states)
 
     def parameters(self) -> int:
         """Free ones: of a CPD (K - 1) a row; of a potential one an entry."""
@@ -218,131 +215,115 @@ def joint(network: Network, evidence=None) -> Factor:
 
 # ---- exact inference
 
+BLOCK = 2**17                                               # cells of the largest table, times sets of evidence
+
 
 def impossible(evidence):
     what = ", ".join(f"{v} = {s}" for v, s in (evidence or {}).items() if not isinstance(s, np.ndarray))
     return ValueError(f"the evidence {what or 'given'} has probability zero")
 
 
+def remove(factors, order, size: dict, over=np.sum, evidence=None) -> tuple[list, float, list]:
+    """Variables taken out one after the other: (factors left, log of what they were divided by, [(v, table)] with v as
+    the first axis, as it was before it went)."""
+    factors, log_scale, tables = list(factors), 0.0, []
+    for v in order:
+        touched = product([Factor((v,), np.ones(size[v])), *(f for f in factors if v in f.variables)])
+        made = over(touched.table, axis=0)
+        if not (scale := made.max(initial=0)):
+            raise impossible(evidence)
+        log_scale += math.log(scale)
+        factors = [*(f for f in factors if v not in f.variables), Factor(touched.variables[1:], made / scale)]
+        tables.append((v, touched))
+    return factors, log_scale, tables
+
+
+def interaction(factors, names) -> dict:
+    """The undirected graph in which the variables of each factor are neighbours."""
+    graph = {v: set() for v in names}
+    for f in factors:
+        complete(graph, f.variables)
+    return graph
+
+
 def eliminate(network: Network, query=(), evidence=None, order=None) -> tuple[Factor, float]:
     """p(query | evidence) and log p(evidence) (or log Z). [1] algorithm 9.1; `order` overrides min-fill.
     Of a Bayesian network what is no ancestor of query and evidence is barren and left out."""
-    query = (query,) if isinstance(query, str) else tuple(network.known(v) for v in query)
-    at, factors = network.observe(evidence), network.under(evidence)
+    query = tuple(network.known(v) for v in ((query,) if isinstance(query, str) else query))
+    at, factors, names = network.observe(evidence), network.under(evidence), set(network.states)
     if both := at.keys() & set(query):
         raise ValueError(f"{', '.join(both)} is in the query and in the evidence")
-    names = set(network.states)
     if network.parents:
-        names = ancestors(network.parents, (*map(network.known, query), *at))
+        names = ancestors(network.parents, (*query, *at))
         factors = [f for f, whole in zip(factors, network.factors) if whole.variables[-1] in names]
-    factors += [Factor((v,), np.ones(network.size[v])) for v in names - at.keys()]      # each has one at least
-    graph, log_z = {v: set() for v in names - at.keys()}, 0.0
-    for f in factors:
-        complete(graph, f.variables)
     if order is None:
-        order, _ = triangulate(graph, network.size, query)
-    for v in order:
-        if v not in graph or v in query:
-            continue
-        touched = product([f for f in factors if v in f.variables])
-        factors = [f for f in factors if v not in f.variables]
-        made = marginal(touched, [u for u in touched.variables if u != v])
-        if not (scale := made.table.max(initial=0)):
-            raise impossible(evidence)
-        log_z += math.log(scale)
-        factors.append(Factor(made.variables, made.table / scale))
-    result = product([*factors, Factor((), np.ones(()))], query).table
-    if not (total := result.sum()):
+        order = triangulate(interaction(factors, names - at.keys()), network.size, query)[0]
+    order = [v for v in order if v in names and v not in at and v not in query]
+    left, log_z, _ = remove(factors, order, network.size, np.sum, evidence)
+    table = product([Factor(query, np.ones([network.size[v] for v in query])), *left], query).table
+    if not (total := table.sum()):
         raise impossible(evidence)
-    return Factor(query, result / total), log_z + math.log(total)
+    return Factor(query, table / total), log_z + math.log(total)
 
 
 def most_probable(network: Network, evidence=None) -> tuple[dict, float]:
     """The state of all that is not observed with the largest p(x, e), and its log (of the product, without Z)."""
-    factors, log_p, choices = network.under(evidence), 0.0, []
-    graph = {v: set() for v in network.states if v not in (evidence or {})}
-    for f in factors:
-        complete(graph, f.variables)
-    for v in triangulate(graph, network.size)[0]:
-        touched = product([Factor((v,), np.ones(network.size[v])), *(f for f in factors if v in f.variables)])
-        factors = [f for f in factors if v not in f.variables]
-        choices.append((v, touched))
-        made = marginal(touched, touched.variables[1:], np.max)
-        if not (scale := made.table.max(initial=0)):
-            raise impossible(evidence)
-        log_p += math.log(scale)
-        factors.append(Factor(made.variables, made.table / scale))
-    best = {}
-    for v, touched in reversed(choices):                                # v is the first axis
-        best[v] = int(touched.table[(slice(None), *(best[u] for u in touched.variables[1:]))].argmax())
-    rest = math.prod(float(f.table) for f in factors)
+    at, factors = network.observe(evidence), network.under(evidence)
+    order = triangulate(interaction(factors, [v for v in network.states if v not in at]), network.size)[0]
+    left, log_p, tables = remove(factors, order, network.size, np.max, evidence)
+    rest, best = math.prod(float(f.table) for f in left), {}
     if not rest:
         raise impossible(evidence)
+    for v, touched in reversed(tables):
+        best[v] = int(touched.table[(slice(None), *(best[u] for u in touched.variables[1:]))].argmax())
     return {v: network.states[v][best[v]] for v in network.states if v in best}, log_p + math.log(rest)
 
 
 class JunctionTree:
-    """Cliques of the triangulated graph joined in a spanning forest of largest sepsets; built once, asked often. [2]
+    """Cliques of the triangulated graph, each joined to one that holds all it shares with the rest; built once, asked
+    often, with any number of sets of evidence at a time. [2]
 
-    Every table has its variables in one order, with the sets of evidence behind: a message is a sum over axes and
-    meets its receiver by broadcasting, with no permutation."""
+    Every table has its variables in one order, last eliminated first, and the sets of evidence behind. So what a clique
+    shares with its parent comes first, a message is a sum over axes, and it meets its receiver by broadcasting."""
 
     def __init__(self, network: Network):
         self.network, size = network, network.size
         order, made = triangulate(network.graph(), size)
-        place = {v: i for i, v in enumerate(order)}
-        sets = [c for i, c in enumerate(made) if not any(c < other for other in made[:i])]      # only maximal ones
-        self.cliques = [tuple(sorted(c, key=place.get)) for c in sets]
-        pairs = itertools.combinations(range(len(sets)), 2)
-        links = sorted(((len(shared), i, j) for i, j in pairs if (shared := sets[i] & sets[j])), reverse=True)
-        root = list(range(len(sets)))                                   # Kruskal
-        near = {i: [] for i in root}
-
-        def find(i):
-            while root[i] != i:
-                i = root[i]
-            return i
-
-        for _, i, j in links:
-            if find(i) != find(j):
-                root[find(i)] = find(j)
-                near[i].append(j)
-                near[j].append(i)
-        self.parent, self.order, self.children = {}, [], {i: [] for i in near}                  # parents first
-        stack = [(i, None) for i in near if find(i) == i]
-        while stack:
-            i, above = stack.pop()
-            self.order.append(i)
-            self.parent[i] = above
-            stack += [(j, i) for j in near[i] if j != above]
-        for i in reversed(self.order):                                  # in the order in which their messages come
-            if self.parent[i] is not None:
-                self.children[self.parent[i]].append(i)
-        self.sepset = {i: sets[i] & sets[p] if p is not None else set() for i, p in self.parent.items()}
-        held = [[] for _ in sets]
-        for f in network.factors:                                       # each factor goes to the smallest clique
-            held[self._smallest(f.variables)].append(f)
-        whole = lambda c, factors: product([Factor(c, np.ones([size[v] for v in c])), *factors]).table
-        self.tables = [whole(c, factors)[..., None] for c, factors in zip(self.cliques, held)]
-        shape = lambda names, c: tuple(size[v] if v in names else 1 for v in c) + (-1,)
-        axes = lambda names, c: tuple(k for k, v in enumerate(c) if v not in names)
-        self.up, self.down = {}, {}                                     # (axes to sum, shape at the receiver)
-        for i, p in self.parent.items():
-            here, there = self.cliques[i], self.cliques[i if p is None else p]
-            self.up[i] = axes(self.sepset[i], here), shape(self.sepset[i], there)
-            self.down[i] = axes(self.sepset[i], there), shape(self.sepset[i], here)
-        self.all = {i: tuple(range(len(self.cliques[i if p is None else p]))) for i, p in self.parent.items()}
-        self.home = {v: self._smallest((v,)) for v in network.states}
-        self.single = {v: (axes((v,), self.cliques[i]), shape((v,), self.cliques[i])) for v, i in self.home.items()}
+        place, owner, sets = {v: i for i, v in enumerate(order)}, {}, []
+        self.parent, self.sepset = [], []                               # parents come before their children
+        for v, clique in zip(reversed(order), reversed(made)):
+            rest = clique - {v}
+            above = owner[min(rest, key=place.get)] if rest else None   # it holds all of rest
+            if rest and rest == sets[above]:                            # not maximal: it grows by v
+                sets[above], owner[v] = clique, above
+                continue
+            owner[v] = len(sets)
+            sets.append(clique)
+            self.parent.append(above)
+            self.sepset.append(rest)
+        self.cliques = [tuple(sorted(c, key=place.get, reverse=True)) for c in sets]
+        self.children = [[j for j, p in reversed([*enumerate(self.parent)]) if p == i] for i in range(len(sets))]
+        self.home = {f.variables: self.holding(f.variables) for f in network.factors}
+        self.home |= {(v,): self.holding((v,)) for v in network.states}
+        shape = lambda c, names: tuple(size[v] if v in names else 1 for v in c) + (-1,)
+        axes = lambda c, names: tuple(k for k, v in enumerate(c) if v not in names)
+        self.tables, self.up, self.down = [], [], []
+        for i, (c, p, shared) in enumerate(zip(self.cliques, self.parent, self.sepset)):
+            held = [f for f in network.factors if self.home[f.variables] == i]
+            table = product([Factor(c, np.ones([size[v] for v in c])), *held]).table
+            self.tables.append(table[..., None])
+            above = () if p is None else self.cliques[p]
+            first = math.prod(size[v] for v in shared)
+            self.up.append(((first, table.size // first, -1), shape(above, shared)))
+            self.down.append((axes(above, shared), shape(c, shared)))
+        at = {v: self.home[v,] for v in size}
+        self.single = {v: (i, axes(self.cliques[i], (v,)), shape(self.cliques[i], (v,))) for v, i in at.items()}
         self.indicator = {v: np.vstack([np.eye(k), np.ones(k)]) for v, k in size.items()}       # row -1: unobserved
 
-    def _smallest(self, variables) -> int:
+    def holding(self, variables) -> int:
+        """The smallest clique with all of them."""
         inside = (i for i, c in enumerate(self.cliques) if set(variables) <= set(c))
         return min(inside, key=lambda i: math.prod(self.network.size[v] for v in self.cliques[i]))
-
-    @property
-    def width(self) -> int:
-        return max(map(len, self.cliques)) - 1
 
     def calibrate(self, evidence=None) -> tuple[list, np.ndarray]:
         """p(clique | e) of each clique, (K..., B), and log p(e), (B,); B is 1 where no evidence is an array.
@@ -351,32 +332,33 @@ class JunctionTree:
         a tree sums to what its root does, and a root that is normalised normalises all."""
         at, tables, add = self.network.observe(evidence), list(self.tables), np.add.reduce
         for v, s in at.items():
-            i = self.home[v]
-            tables[i] = tables[i] * self.indicator[v][s].T.reshape(self.single[v][1])
-        messages, scales = [[] for _ in tables], [None] * len(tables)
+            i, _, shape = self.single[v]
+            tables[i] = tables[i] * self.indicator[v][s].T.reshape(shape)
+        messages = [[] for _ in tables]
+        scales = np.empty((len(tables), max([np.size(s) for s in at.values()], default=1)))
         with np.errstate(divide="ignore", invalid="ignore"):
-            for i in reversed(self.order):
+            for i in range(len(tables) - 1, -1, -1):
                 table = tables[i]
                 for message in messages[i]:
                     table = table * message
-                axes, shape = self.up[i]
-                message = add(table, axes).reshape(shape)
-                scales[i] = scale = add(message, self.all[i])
-                if (above := self.parent[i]) is None:
-                    tables[i] = tables[i] / scale
+                shape, at_parent = self.up[i]
+                message = add(table.reshape(shape), 1)
+                scales[i] = add(message, 0)
+                if self.parent[i] is None:
+                    tables[i] = tables[i] / scales[i]
                 else:
-                    messages[above].append(message / scale)
-        scales = np.stack(np.broadcast_arrays(*scales))
+                    messages[self.parent[i]].append((message / scales[i]).reshape(at_parent))
         if not scales.all():
             which = "" if scales.shape[1] == 1 else f" in set {int((scales == 0).any(0).argmax())}"
             raise ValueError(f"{impossible(evidence)}{which}")
-        for i in self.order:
-            table, after = tables[i], [1.0]                             # products of the messages that come later
+        for i, table in enumerate(tables):
+            after = [1.0]                                               # products of the messages that come later
             for message in messages[i][:0:-1]:
                 after.append(after[-1] * message)
             for j, message in zip(self.children[i], messages[i]):
                 axes, shape = self.down[j]
-                tables[j] = tables[j] * (add(table * after.pop(), axes).reshape(shape) / scales[j])
+                others = table * after.pop() if len(after) > 1 else table
+                tables[j] = tables[j] * (add(others, axes) / scales[j]).reshape(shape)
                 table = table * message
             tables[i] = table
         return tables, np.log(scales).sum(0)
@@ -390,13 +372,13 @@ class JunctionTree:
             raise ValueError(f"evidence for several sets must have one length, not {many}")
         names = list(self.network.states) if names is None else list(map(self.network.known, names))
         n, out, log_z = next(iter(many.values()), 1), {v: [] for v in names}, []
-        block = max(1, 2**17 // max(t.size for t in self.tables)) if many else 1
+        block = max(1, BLOCK // max(t.size for t in self.tables)) if many else 1
         for k in range(0, n, block):
-            part = {v: s[k:k + block] if v in many else s for v, s in at.items()}
-            beliefs, z = self.calibrate(part)
+            beliefs, z = self.calibrate({v: s[k:k + block] if v in many else s for v, s in at.items()})
             log_z.append(z)
             for v in names:
-                out[v].append(np.add.reduce(beliefs[self.home[v]], self.single[v][0]))
+                i, axes, _ = self.single[v]
+                out[v].append(np.add.reduce(beliefs[i], axes))
         if not many:
             return {v: p[0][:, 0] for v, p in out.items()}, log_z[0][0]
         return {v: np.concatenate(p, 1).T for v, p in out.items()}, np.concatenate(log_z)
@@ -569,7 +551,7 @@ def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8,
             break
         factors = []
         for f in network.factors:
-            i = tree._smallest(f.variables)
+            i = tree.home[f.variables]
             family = marginal(Factor(tree.cliques[i], beliefs[i] @ counts), f.variables).table + pseudo
             total = family.sum(-1, keepdims=True)
             factors.append((f.variables, np.where(total > 0, family / np.where(total > 0, total, 1), f.table)))
@@ -579,53 +561,29 @@ def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8,
 
 # ---- one run
 
-METHODS = ("junction", "ve", "map", "loopy", "gibbs", "mean-field")
-
-
-def posteriors(network: Network, method: str, evidence: dict, names, seed: int = 0) -> tuple[dict, float, list]:
-    """({name: belief}, log p(e) or what the method knows of it, [ELBO] of a mean field)."""
-    rng, names = np.random.default_rng(seed), [network.known(v) for v in names]
-    if method == "ve":
-        found = [eliminate(network, v, evidence) for v in names]
-        return {v: f.table for v, (f, _) in zip(names, found)}, found[0][1], []
-    beliefs, log_z, bounds = {}, math.nan, []
-    if method == "junction":
-        beliefs, log_z = JunctionTree(network).marginals(evidence)
-    elif method == "loopy":
-        beliefs, log_z, change = loopy(network, evidence)
-        if change > 1e-6:
-            print(f"loopy propagation did not converge: its messages still move by {change:.2g} a round")
-    elif method == "gibbs":
-        beliefs, _ = gibbs(network, evidence, rng=rng)
-    elif method == "mean-field":
-        beliefs, bounds = mean_field(network, evidence, rng=rng)
-        log_z = bounds[-1]
-    return {v: beliefs[v] for v in names}, float(log_z), bounds
-
-
-def parse_evidence(text: str) -> dict:
-    pairs = [p.partition("=") for p in text.split(",") if p]
-    if not all(v and s for v, _, s in pairs):
-        raise ValueError(f"--evidence is a list like xray=yes,smoke=no; got {text!r}")
-    return {v.strip(): s.strip() for v, _, s in pairs}
+METHODS = {                                                 # -> {name: belief}, log Z, its bound or None, and what it adds
+    "junction": lambda net, e, rng: JunctionTree(net).marginals(e),
+    "ve": lambda net, e, rng: ({v: eliminate(net, v, e)[0].table for v in net.states if v not in e}, eliminate(net, (), e)[1]),
+    "loopy": lambda net, e, rng: loopy(net, e),
+    "gibbs": lambda net, e, rng: (gibbs(net, e, rng=rng)[0], None),
+    "mean-field": lambda net, e, rng: ((found := mean_field(net, e, rng=rng))[0], found[1][-1], found[1]),
+    "map": lambda net, e, rng: most_probable(net, e),
+}
 
 
 def main():
+    import argparse
     import sys
 
-    if "pixels" in sys.argv or "--model=pixels" in sys.argv:
+    if "pixels" in sys.argv:                                # --model pixels has a command line of its own
         import pixels
 
-        at = next(i for i, a in enumerate(sys.argv) if a in ("--model", "--model=pixels"))
-        del sys.argv[at:at + (2 if sys.argv[at] == "--model" else 1)]
+        at = sys.argv.index("pixels") - 1
+        del sys.argv[at:at + 2]
         return pixels.main()
 
-    import argparse
-
-    import draw_graphs as draw
+    import draw_graphs
     import formats
-    import graphs
-    import metrics
     import networks
     import problems
     import run
@@ -636,62 +594,29 @@ def main():
     parser.add_argument("--bif", default="", help="a network from this .bif or .bif.gz file")
     parser.add_argument("--example", choices=list(problems.PROBLEMS), help="solve this course problem")
     parser.add_argument("--model", choices=["pixels"], help="the Bayesian network over pixels (pixels.py)")
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
+    parser.add_argument("--method", choices=list(METHODS), default="junction")
     parser.add_argument("--evidence", default="", help="name=state,...")
     parser.add_argument("--query", default="", help="name,...; default: all that is not observed")
     parser.add_argument("--sample", type=int, default=0, help="write so many ancestral samples to samples.csv")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="results")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--out", default="results", help="folder of results")
     args = parser.parse_args()
     name = args.example or (args.bif and args.bif.rpartition("/")[2].partition(".")[0]) or args.network
     args.script, args.model, args.dataset = "pgm", "example" if args.example else args.method, name
-    args.device, args.batch, args.steps, args.log = "cpu", 1, 0, "none"
+    args.device, args.batch, args.steps = "cpu", 1, 0
     with run.Run(args) as job:
         if args.example:
-            title, rows = problems.solve(args.example, sys.modules[__name__])
-            print(f"{title}\n\n{problems.listing(rows)}\n")
-            wrong = [row.what for row in rows if not row.agrees]
-            job.report({"rows": metrics.metric(len(rows), None, "checks", "higher"),
-                        "disagree": metrics.metric(len(wrong), 0, "checks")}, rows=[row._asdict() for row in rows])
-            if wrong:
-                raise run.Failed(f"derivation and check disagree: {'; '.join(wrong)}")
-            return
-        if args.bif or name in networks.NETWORKS:
-            network = bayesian(*(formats.read_bif(args.bif) if args.bif else built_in[name][1:]))
-            tables = {f.variables[-1]: f.table for f in network.factors}
-            draw.network_picture(job.folder / "network.png", network.parents, network.states, tables, name)
-        else:
-            network = Network(*built_in[name][1:])
-        evidence, tree = network.observe(parse_evidence(args.evidence)), JunctionTree(network)
-        draw.cliques_picture(job.folder / "cliques.png", network.graph(), graphs.maximal_cliques(network.graph()))
-        draw.tree_picture(job.folder / "tree.png", tree.cliques, tree.parent, tree.sepset)
-        exact, log_z = tree.marginals(evidence)
-        results = {"log_z": metrics.metric(log_z, None, "nats", "higher")}
-        if args.method == "map":
-            best, log_p = most_probable(network, evidence)
-            print("\n".join(f"{v:20} {s}" for v, s in best.items()))
-            results["log_map"] = metrics.metric(log_p - log_z, 0, "nats", "higher")
-        else:
-            names = [v for v in args.query.split(",") if v] or [v for v in network.states if v not in evidence]
-            beliefs, found, bounds = posteriors(network, args.method, evidence, names, args.seed)
-            for v, p in beliefs.items():
-                print(f"{v:20} " + "  ".join(f"{s} {x:.6f}" for s, x in zip(network.states[v], p)))
-            draw.posteriors_picture(job.folder / "posteriors.png", network.states, beliefs, exact)
-            error = max(float(abs(p - exact[v]).max()) for v, p in beliefs.items())
-            results["largest_error"] = metrics.metric(error, 0, "probability")
-            if bounds:
-                results |= {"elbo": metrics.metric(found, log_z, "nats", "higher"),
-                            "kl": metrics.metric(log_z - found, 0, "nats")}
-                curve = [{"step": k, "elbo": b} for k, b in enumerate(bounds)]
-                metrics.curves_picture(job.folder / "elbo.png", curve, {"elbo": log_z})
-            elif math.isfinite(found):
-                results["log_z_found"] = metrics.metric(found, log_z, "nats", "higher")
-        if args.sample:
-            drawn, _ = sample(network, args.sample, np.random.default_rng(args.seed))
-            lines = zip(*([network.states[v][k] for k in drawn[v]] for v in network.states))
-            text = "\n".join([",".join(network.states), *map(",".join, lines)]) + "\n"
-            run.write(job.folder / "samples.csv", text.encode())
-        job.report(results, parameters=network.parameters())
+            return problems.report(job, args.example, sys.modules[__name__])
+        data = formats.read_bif(args.bif) if args.bif else built_in[name][1:]
+        network = Network(*data) if name in networks.MARKOV and not args.bif else bayesian(*data)
+        pairs = [p.partition("=") for p in args.evidence.split(",") if p]
+        evidence, rng = network.observe({v.strip(): s.strip() for v, _, s in pairs}), np.random.default_rng(args.seed)
+        if args.sample < 0 or args.seed < 0:
+            raise ValueError("--sample and --seed must not be negative")
+        drawn = sample(network, args.sample, rng)[0] if args.sample else None
+        query = [network.known(v) for v in args.query.split(",") if v]
+        answer = METHODS[args.method](network, evidence, rng)
+        draw_graphs.report(job, network, JunctionTree(network), evidence, query, answer, drawn)
 
 
 if __name__ == "__main__":
