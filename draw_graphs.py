@@ -40,7 +40,8 @@ def layers(parents: dict) -> list[list]:
 
 
 def _places(rows) -> dict:
-    return {v: ((i + 0.5) / len(row), 1 - (k + 0.5) / len(rows)) for k, row in enumerate(rows) for i, v in enumerate(row)}
+    height = len(rows)
+    return {v: ((i + 0.5) / len(row), 1 - (k + 0.5) / height) for k, row in enumerate(rows) for i, v in enumerate(row)}
 
 
 def _canvas(width, height):
@@ -177,15 +178,17 @@ def report(job, network, tree, evidence: dict, query, answer, drawn=None) -> Non
         posteriors_picture(folder / "posteriors.png", network.states, beliefs, exact)
         error = max((float(abs(p - exact[v]).max()) for v, p in beliefs.items()), default=0)
         results["largest_error"] = metrics.metric(error, 0, "probability")
-        if value is not None:
-            results["elbo" if method == "mean-field" else "log_z_found"] = metrics.metric(value, log_z, "nats", "higher")
     if method == "mean-field":
-        results["kl"] = metrics.metric(log_z - value, 0, "nats")
-        curve = [{"step": k, "elbo": bound} for k, bound in enumerate(more[0])]
+        results["elbo"] = metrics.metric(value[-1], log_z, "nats", "higher")
+        results["kl"] = metrics.metric(log_z - value[-1], 0, "nats")
+        curve = [{"step": k, "elbo": bound} for k, bound in enumerate(value)]
         metrics.curves_picture(folder / "elbo.png", curve, {"elbo": log_z})
+    elif method not in ("map", "gibbs"):
+        results["log_z_found"] = metrics.metric(value, log_z, "nats", "higher")
     if method == "loopy":
         results["last_change"] = metrics.metric(more[0], 0, "probability")
     if drawn:
         lines = zip(*([network.states[v][k] for k in drawn[v]] for v in network.states))
-        run.write(folder / "samples.csv", ("\n".join([",".join(network.states), *map(",".join, lines)]) + "\n").encode())
+        text = "\n".join([",".join(network.states), *map(",".join, lines)]) + "\n"
+        run.write(folder / "samples.csv", text.encode())
     job.report(results, parameters=network.parameters())

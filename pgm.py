@@ -13,21 +13,17 @@ References
   [1] Koller, Friedman, Probabilistic Graphical Models, MIT Press 2009
   [2] Shafer, Shenoy, Probability propagation, Annals of Mathematics and Artificial Intelligence 2, 1990
   [3] Yedidia, Freeman, Weiss, Constructing free-energy approximations and generalized belief propagation, 2005
-  [4] Bron, Kerbosch, Algorithm 457, CACM 16(9), 1973; pivot: Tomita, Tanaka, Takahashi, TCS 363, 2006
-  [5] Meek, Causal inference and causal explanation with background knowledge, arXiv 1302.4972
-  [6] Dempster, Laird, Rubin, Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39, 1977
+  [4] Dempster, Laird, Rubin, Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39, 1977
 
 Glossary
   symbol       code            shape                  meaning
   G, H         parents, graph  {name: names}          a DAG by its parents; an undirected graph by its neighbours
   psi_a        Factor          (K_1, ..., K_m)        of variables with K_i states
-  e            evidence        {name: state}          a state's name or number; a junction tree: (B,), -1 unobserved
+  e            evidence        {name: state}          name or number; for a junction tree also (B,), -1 unobserved
   Z, p(e)      log_z           () or (B,)             of the product of factors under the evidence, nats
-  S_ij         sepset          names                  what two neighbours in the junction tree share
-  q_i          q               {name: (K_i,)}         the factors of a mean field
 
 Use
-  python pgm.py --network asia --evidence xray=yes,smoke=no                all posteriors, by junction tree
+  python pgm.py --network asia --evidence xray=yes,smoke=no         all posteriors, by junction tree
   python pgm.py --bif alarm.bif.gz --evidence HR=HIGH --query CO,BP --method ve
   python pgm.py --example medical                    a course problem: its derivation beside a numerical check
   python pgm.py --model pixels --dataset persian     a Bayesian network over pixels (pixels.py)
@@ -35,7 +31,6 @@ Use
 Not included: continuous variables other than in the examples, learning of structure from data, influence diagrams.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -125,11 +120,18 @@ def product(factors, variables=None) -> Factor:
     return Factor(variables, table)
 
 
-def marginal(factor: Factor, keep, over=np.sum) -> Factor:
-    """Summed (or `over` = np.max) over all variables but `keep`, whose order is that of the result."""
+def interaction(factors, names) -> dict:
+    """The undirected graph in which the variables of each factor are neighbours."""
+    graph = {v: set() for v in names}
+    for f in factors:
+        complete(graph, f.variables)
+    return graph
+
+
+def marginal(factor: Factor, keep) -> Factor:
+    """Summed over all variables but `keep`, whose order is that of the result."""
     axes = tuple(i for i, v in enumerate(factor.variables) if v not in keep)
-    left = Factor(tuple(v for v in factor.variables if v in keep), over(factor.table, axis=axes))
-    return product([left], [v for v in keep if v in left.variables])
+    return product([Factor(tuple(v for v in factor.variables if v in keep), factor.table.sum(axes))], keep)
 
 
 class Network:
@@ -162,10 +164,8 @@ class Network:
                 if s.dtype.kind not in "iu" or s.min(initial=0) < -1 or s.max(initial=0) >= len(states):
                     raise ValueError(f"evidence of {v} must be whole numbers from -1 to {len(states) - 1}")
                 out[v] = s
-            elif str(s) in states:
-                out[v] = states.index(str(s))
-            elif isinstance(s, (int, np.integer)) and 0 <= s < len(states):
-                out[v] = int(s)
+            elif s in states if isinstance(s, str) else s in range(len(states)):
+                out[v] = states.index(s) if isinstance(s, str) else int(s)
             else:
                 raise ValueError(f"{v} has no state {s!r}; its states are {', '.join(states)}")
         return out
@@ -176,8 +176,7 @@ class Network:
         pick = lambda f: f.table[tuple(at.get(v, slice(None)) for v in f.variables)]
         return [Factor(tuple(v for v in f.variables if v not in at), pick(f)) for f in self.factors]
 
-    def graph(self) -> dict:
-        """All variables of a factor are neighbours: of a Bayesian network, the moral graph."""
+    def graph(self) -> dict:                                            # of a Bayesian network, the moral graph
         return interaction(self.factors, self.states)
 
     def parameters(self) -> int:
@@ -187,12 +186,10 @@ class Network:
 
 def bayesian(states: dict, cpds: dict) -> Network:
     """From {child: (parents, table)}, tables (K_parents..., K_child) with rows that sum to 1."""
-    for v in states:
-        if v not in cpds:
-            raise ValueError(f"{v} has no conditional distribution")
-    for v in cpds:
-        if v not in states:
-            raise ValueError(f"there is a distribution of {v}, which is not a variable of the network")
+    for v in [*states, *cpds]:
+        if v not in cpds or v not in states:
+            what = "is no variable of the network" if v in cpds else "has no conditional distribution"
+            raise ValueError(f"{v} {what}; each variable needs exactly one")
     parents = {v: tuple(cpds[v][0]) for v in states}
     topological(parents)
     network = Network(states, [((*parents[v], v), cpds[v][1]) for v in states], parents)
@@ -205,17 +202,14 @@ def bayesian(states: dict, cpds: dict) -> Network:
 
 def joint(network: Network, evidence=None) -> Factor:
     """The whole table of the variables that are not observed, not normalised: the oracle of small networks."""
-    factors = network.under(evidence)
-    names = [v for v in network.states if v not in (evidence or {})]
-    if (cells := math.prod(network.size[v] for v in names)) > 2**24:
-        raise ValueError(f"a joint table of {cells} cells is too large; ask for single variables by another method")
-    table = product([*factors, Factor((), np.ones(()))], names).table
-    return Factor(tuple(names), np.broadcast_to(table, [network.size[v] for v in names]))
+    names = tuple(v for v in network.states if v not in (evidence or {}))
+    shape = [network.size[v] for v in names]
+    if math.prod(shape) > 2**24:
+        raise ValueError(f"a joint table of {math.prod(shape)} cells is too large; ask for single variables instead")
+    return product([Factor(names, np.ones(shape)), *network.under(evidence)])
 
 
 # ---- exact inference
-
-BLOCK = 2**17                                               # cells of the largest table, times sets of evidence
 
 
 def impossible(evidence):
@@ -236,14 +230,6 @@ def remove(factors, order, size: dict, over=np.sum, evidence=None) -> tuple[list
         factors = [*(f for f in factors if v not in f.variables), Factor(touched.variables[1:], made / scale)]
         tables.append((v, touched))
     return factors, log_scale, tables
-
-
-def interaction(factors, names) -> dict:
-    """The undirected graph in which the variables of each factor are neighbours."""
-    graph = {v: set() for v in names}
-    for f in factors:
-        complete(graph, f.variables)
-    return graph
 
 
 def eliminate(network: Network, query=(), evidence=None, order=None) -> tuple[Factor, float]:
@@ -316,8 +302,8 @@ class JunctionTree:
             first = math.prod(size[v] for v in shared)
             self.up.append(((first, table.size // first, -1), shape(above, shared)))
             self.down.append((axes(above, shared), shape(c, shared)))
-        at = {v: self.home[v,] for v in size}
-        self.single = {v: (i, axes(self.cliques[i], (v,)), shape(self.cliques[i], (v,))) for v, i in at.items()}
+        self.single = {v: (i, axes(self.cliques[i], [v]), shape(self.cliques[i], [v]))
+                       for v, i in ((v, self.home[v,]) for v in size)}
         self.indicator = {v: np.vstack([np.eye(k), np.ones(k)]) for v, k in size.items()}       # row -1: unobserved
 
     def holding(self, variables) -> int:
@@ -344,13 +330,11 @@ class JunctionTree:
                 shape, at_parent = self.up[i]
                 message = add(table.reshape(shape), 1)
                 scales[i] = add(message, 0)
-                if self.parent[i] is None:
-                    tables[i] = tables[i] / scales[i]
-                else:
+                tables[i] = tables[i] / scales[i] if self.parent[i] is None else tables[i]
+                if self.parent[i] is not None:
                     messages[self.parent[i]].append((message / scales[i]).reshape(at_parent))
         if not scales.all():
-            which = "" if scales.shape[1] == 1 else f" in set {int((scales == 0).any(0).argmax())}"
-            raise ValueError(f"{impossible(evidence)}{which}")
+            raise ValueError(f"{impossible(evidence)} in set {int((scales == 0).any(0).argmax())}")
         for i, table in enumerate(tables):
             after = [1.0]                                               # products of the messages that come later
             for message in messages[i][:0:-1]:
@@ -363,21 +347,19 @@ class JunctionTree:
             tables[i] = table
         return tables, np.log(scales).sum(0)
 
-    def marginals(self, evidence=None, names=None) -> tuple[dict, np.ndarray]:
-        """{name: p(x | e)} of all variables or of `names`, (K,) each, and log p(e); (B, K) and (B,) for evidence (B,).
+    def marginals(self, evidence=None) -> tuple[dict, np.ndarray]:
+        """{name: p(x | e), (K,)} of all variables, and log p(e); (B, K) and (B,) where some evidence is an array (B,).
         Many sets go through in blocks that fit the cache."""
         at = self.network.observe(evidence)
         many = {v: len(s) for v, s in at.items() if isinstance(s, np.ndarray)}
         if len(set(many.values())) > 1:
             raise ValueError(f"evidence for several sets must have one length, not {many}")
-        names = list(self.network.states) if names is None else list(map(self.network.known, names))
-        n, out, log_z = next(iter(many.values()), 1), {v: [] for v in names}, []
-        block = max(1, BLOCK // max(t.size for t in self.tables)) if many else 1
+        n, out, log_z = next(iter(many.values()), 1), {v: [] for v in self.single}, []
+        block = max(1, 2**17 // max(t.size for t in self.tables))
         for k in range(0, n, block):
             beliefs, z = self.calibrate({v: s[k:k + block] if v in many else s for v, s in at.items()})
             log_z.append(z)
-            for v in names:
-                i, axes, _ = self.single[v]
+            for v, (i, axes, _) in self.single.items():
                 out[v].append(np.add.reduce(beliefs[i], axes))
         if not many:
             return {v: p[0][:, 0] for v, p in out.items()}, log_z[0][0]
@@ -387,14 +369,18 @@ class JunctionTree:
 # ---- approximate inference
 
 
+def entropy(p: np.ndarray) -> float:
+    return -float((p * np.log(np.where(p > 0, p, 1))).sum())
+
+
 def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0.5, tolerance: float = 1e-10):
     """({name: belief}, Bethe log Z, largest change of the last round) by sum-product on the factor graph.
 
     Exact on trees; elsewhere a fixed point of the Bethe free energy [3] (35), if it is reached at all: a change above
     the tolerance says that it was not. All messages move together, new ones weigh 1 - damping."""
-    factors = [f for f in network.under(evidence) if f.variables]
-    constant = math.prod(float(f.table) for f in network.under(evidence) if not f.variables)
-    names, change = [v for v in network.states if v not in (evidence or {})], math.inf
+    factors, change = network.under(evidence), math.inf
+    constant = math.prod(float(f.table) for f in factors if not f.variables)
+    names = [v for v in network.states if v not in (evidence or {})]
     into = {v: [(a, f.variables.index(v)) for a, f in enumerate(factors) if v in f.variables] for v in names}
     to_variable = {(a, k): np.full(network.size[v], 1 / network.size[v]) for v in names for a, k in into[v]}
 
@@ -420,20 +406,17 @@ def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0
             break
     beliefs = {v: normal(math.prod((to_variable[e] for e in into[v]), start=np.ones(network.size[v]))) for v in names}
     log = lambda p: np.log(np.where(p > 0, p, 1))
-    log_z = math.log(constant)
+    log_z = -sum((len(into[v]) - 1) * entropy(b) for v, b in beliefs.items())
     for a, f in enumerate(factors):
         b = normal(belief(a))
-        log_z += (b * (log(f.table) - log(b))).sum()
-    return beliefs, log_z + sum((len(into[v]) - 1) * (b * log(b)).sum() for v, b in beliefs.items()), change
+        log_z += (b * log(f.table)).sum() + entropy(b)
+    return beliefs, float(log_z), change
 
 
 def conditional(factors, v, state: dict) -> np.ndarray:
     """p(v | all others) of many states {name: (C,)}, (C, K): the factors that touch v, multiplied and normalised."""
-    weight = 1.0
-    for f in factors:
-        if v in f.variables:
-            table = np.moveaxis(f.table, f.variables.index(v), -1)
-            weight = weight * table[tuple(state[u] for u in f.variables if u != v)]
+    tables = [(f, np.moveaxis(f.table, f.variables.index(v), -1)) for f in factors if v in f.variables]
+    weight = math.prod(table[tuple(state[u] for u in f.variables if u != v)] for f, table in tables)
     return weight / weight.sum(-1, keepdims=True)
 
 
@@ -453,14 +436,12 @@ def gibbs(network: Network, evidence=None, sweeps: int = 1000, chains: int = 100
     else:
         state = {v: rng.integers(network.size[v], size=chains) for v in names}
     touching = {v: [f for f in factors if v in f.variables] for v in names}
-    sums = {v: np.zeros((chains, network.size[v])) for v in names}
+    means = {v: np.zeros((chains, network.size[v])) for v in names}
     for sweep in range(burn + sweeps):
         for v in names:
             p = conditional(touching[v], v, state)
             state[v] = (rng.random((chains, 1)) > p.cumsum(-1)[:, :-1]).sum(-1)
-            if sweep >= burn:
-                sums[v] += p
-    means = {v: s / sweeps for v, s in sums.items()}
+            means[v] += p / sweeps * (sweep >= burn)
     return {v: m.mean(0) for v, m in means.items()}, {v: m.std(0) / (chains - 1) ** 0.5 for v, m in means.items()}
 
 
@@ -471,10 +452,6 @@ def expected_log(log_factor: Factor, q: dict, without=None) -> np.ndarray:
         if (v := log_factor.variables[k]) != without:
             table = np.tensordot(table, q[v], (k, 0))
     return table
-
-
-def entropy(p: np.ndarray) -> float:
-    return -float((p * np.log(np.where(p > 0, p, 1))).sum())
 
 
 def elbo(log_factors, q: dict) -> float:
@@ -537,7 +514,7 @@ def sample(network: Network, n: int, rng=None, evidence=None) -> tuple[dict, np.
 def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8, pseudo: float = 0.0):
     """(network with fitted tables, [log-likelihood before each round and at the end]) from {name: states (N,)}, -1 or
     no array where hidden. One calibration a round, of all distinct rows at once, gives the expected counts of families
-    [6]. The log-likelihood never falls (pseudo = 0). Rows of a table that never occur stay as they are."""
+    [4]. The log-likelihood never falls (pseudo = 0). Rows of a table that never occur stay as they are."""
     data = {v: np.asarray(s) for v, s in network.observe(data).items()}
     if not network.parents or not data:
         raise ValueError("EM fits the tables of a Bayesian network to rows of data, {name: array of states}")
@@ -561,12 +538,13 @@ def em(network: Network, data: dict, rounds: int = 100, tolerance: float = 1e-8,
 
 # ---- one run
 
-METHODS = {                                                 # -> {name: belief}, log Z, its bound or None, and what it adds
+METHODS = {                                                 # -> {name: belief} and log Z (a list of bounds: mean field)
     "junction": lambda net, e, rng: JunctionTree(net).marginals(e),
-    "ve": lambda net, e, rng: ({v: eliminate(net, v, e)[0].table for v in net.states if v not in e}, eliminate(net, (), e)[1]),
+    "ve": lambda net, e, rng: ({v: eliminate(net, v, e)[0].table for v in net.states if v not in e},
+                               eliminate(net, (), e)[1]),
     "loopy": lambda net, e, rng: loopy(net, e),
     "gibbs": lambda net, e, rng: (gibbs(net, e, rng=rng)[0], None),
-    "mean-field": lambda net, e, rng: ((found := mean_field(net, e, rng=rng))[0], found[1][-1], found[1]),
+    "mean-field": lambda net, e, rng: mean_field(net, e, rng=rng),
     "map": lambda net, e, rng: most_probable(net, e),
 }
 
@@ -577,9 +555,7 @@ def main():
 
     if "pixels" in sys.argv:                                # --model pixels has a command line of its own
         import pixels
-
-        at = sys.argv.index("pixels") - 1
-        del sys.argv[at:at + 2]
+        sys.argv = [a for a in sys.argv if a not in ("--model", "pixels")]
         return pixels.main()
 
     import draw_graphs
@@ -601,6 +577,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="results", help="folder of results")
     args = parser.parse_args()
+    if args.sample < 0 or args.seed < 0:
+        parser.error("--sample and --seed must not be negative")
     name = args.example or (args.bif and args.bif.rpartition("/")[2].partition(".")[0]) or args.network
     args.script, args.model, args.dataset = "pgm", "example" if args.example else args.method, name
     args.device, args.batch, args.steps = "cpu", 1, 0
@@ -611,8 +589,6 @@ def main():
         network = Network(*data) if name in networks.MARKOV and not args.bif else bayesian(*data)
         pairs = [p.partition("=") for p in args.evidence.split(",") if p]
         evidence, rng = network.observe({v.strip(): s.strip() for v, _, s in pairs}), np.random.default_rng(args.seed)
-        if args.sample < 0 or args.seed < 0:
-            raise ValueError("--sample and --seed must not be negative")
         drawn = sample(network, args.sample, rng)[0] if args.sample else None
         query = [network.known(v) for v in args.query.split(",") if v]
         answer = METHODS[args.method](network, evidence, rng)

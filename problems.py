@@ -68,7 +68,8 @@ def check_statements(network, pgm, claims: dict, sheet=()):
     for text, truth in claims.items():
         s = statement(text)
         wrong = not truth if text in sheet else None
-        what = text.replace(",", " _|_ ").replace("|", "| ").replace("_| |_", "_|_")
+        sides, _, given = text.partition("|")
+        what = sides.replace(",", " _|_ ") + (given and f" | {', '.join(given)}")
         yield Row(f"{what}   by the graph", truth, graphs.d_separated(network.parents, *s), 0, wrong)
         yield Row(f"{what}   by the numbers", truth, independent(*s), 0, wrong)
 
@@ -339,7 +340,8 @@ def mean_field(pgm):
     for v in (1.0, -1.0):
         grid = np.linspace(1e-6, 1 - 1e-6, 2_000_001)
         best = float(grid[two_latent_elbo(v, w, s2, grid, 0.3).argmax()])
-        yield Row(f"v = {v:g}: best q1 given q2 = 0.3, beside a grid", float(two_latent_update(v, w, s2, 0.3)), best, 1e-6)
+        update = float(two_latent_update(v, w, s2, 0.3))
+        yield Row(f"v = {v:g}: best q1 given q2 = 0.3, beside a grid", update, best, 1e-6)
         h = [[math.exp(-((v - w[0] - w[1] * a - w[2] * b) ** 2) / (2 * s2)) / math.sqrt(2 * math.pi * s2) / 4
               for b in (0, 1)] for a in (0, 1)]
         net = pgm.Network({"h1": "01", "h2": "01"}, [(("h1", "h2"), h)])
@@ -374,7 +376,8 @@ def laplace_vi(pgm):
             return sides(lambda z: np.exp(log_q(z, m, b)) * (log_joint(z) - log_q(z, m, b)), m, b)
 
         evidence = math.log(sides(lambda z: np.exp(log_joint(z)), m, 1 / math.sqrt(precision)))
-        yield Row(f"x = {x}: gap (log pi - 1) / 2, the same for every x", (math.log(math.pi) - 1) / 2, evidence - bound(m, b))
+        gap = (math.log(math.pi) - 1) / 2
+        yield Row(f"x = {x}: gap (log pi - 1) / 2, the same for every x", gap, evidence - bound(m, b))
         nearby = max(bound(m + dm, b * k) for dm, k in ((0.02, 1), (-0.02, 1), (0, 1.02), (0, 0.98)))
         yield Row(f"x = {x}: m and b = 1 / sqrt(2 precision) are the best", True, bound(m, b) > nearby)
 
@@ -388,9 +391,11 @@ def gamma_vi(pgm):
 
         closed = lambda theta, x=x: -2 * (x + 1) / theta - 2 * math.log(theta) + 2
         for theta in (0.7, x + 1):
-            yield Row(f"x = {x:g}: ELBO({theta:g}) = -2 (x + 1) / theta - 2 log theta + 2", closed(theta), bound(theta), 1e-7)
-        yield Row(f"x = {x:g}: best theta = x + 1, no gap: log p(x) = -2 log(1 + x)", -2 * math.log(1 + x), closed(x + 1))
-        evidence = quadrature(lambda z: z * np.exp(-z * (1 + x)), 0, 60 / (1 + x))
+            what = f"x = {x:g}: ELBO({theta:g}) = -2 (x + 1) / theta - 2 log theta + 2"
+            yield Row(what, closed(theta), bound(theta), 1e-7)
+        log_p = -2 * math.log(1 + x)
+        yield Row(f"x = {x:g}: best theta = x + 1, no gap: log p(x) = -2 log(1 + x)", log_p, closed(x + 1))
+        evidence = quadrature(lambda z, x=x: z * np.exp(-z * (1 + x)), 0, 60 / (1 + x))
         yield Row(f"x = {x:g}: p(x) = 1 / (1 + x)^2", 1 / (1 + x) ** 2, evidence)
 
 
