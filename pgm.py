@@ -288,28 +288,25 @@ class JunctionTree:
             self.parent.append(above)
             self.sepset.append(rest)
         self.cliques = [tuple(sorted(c, key=place.get, reverse=True)) for c in sets]
-        self.children = [[j for j, p in reversed([*enumerate(self.parent)]) if p == i] for i in range(len(sets))]
-        self.home = {f.variables: self.holding(f.variables) for f in network.factors}
-        self.home |= {(v,): self.holding((v,)) for v in network.states}
+        self.children, held = [[] for _ in sets], [[Factor(c, np.ones([size[v] for v in c]))] for c in self.cliques]
+        for i in range(len(sets) - 1, 0, -1):                           # in the order in which their messages come
+            if self.parent[i] is not None:
+                self.children[self.parent[i]].append(i)
+        self.home = {f.variables: owner[min(f.variables, key=place.get)] for f in network.factors if f.variables}
+        for f in network.factors:
+            held[self.home.get(f.variables, 0)].append(f)
         shape = lambda c, names: tuple(size[v] if v in names else 1 for v in c) + (-1,)
         axes = lambda c, names: tuple(k for k, v in enumerate(c) if v not in names)
         self.tables, self.up, self.down = [], [], []
         for i, (c, p, shared) in enumerate(zip(self.cliques, self.parent, self.sepset)):
-            held = [f for f in network.factors if self.home[f.variables] == i]
-            table = product([Factor(c, np.ones([size[v] for v in c])), *held]).table
+            table = product(held[i]).table
             self.tables.append(table[..., None])
             above = () if p is None else self.cliques[p]
             first = math.prod(size[v] for v in shared)
             self.up.append(((first, table.size // first, -1), shape(above, shared)))
             self.down.append((axes(above, shared), shape(c, shared)))
-        self.single = {v: (i, axes(self.cliques[i], [v]), shape(self.cliques[i], [v]))
-                       for v, i in ((v, self.home[v,]) for v in size)}
+        self.single = {v: (i, axes(self.cliques[i], [v]), shape(self.cliques[i], [v])) for v, i in owner.items()}
         self.indicator = {v: np.vstack([np.eye(k), np.ones(k)]) for v, k in size.items()}       # row -1: unobserved
-
-    def holding(self, variables) -> int:
-        """The smallest clique with all of them."""
-        inside = (i for i, c in enumerate(self.cliques) if set(variables) <= set(c))
-        return min(inside, key=lambda i: math.prod(self.network.size[v] for v in self.cliques[i]))
 
     def calibrate(self, evidence=None) -> tuple[list, np.ndarray]:
         """p(clique | e) of each clique, (K..., B), and log p(e), (B,); B is 1 where no evidence is an array.
@@ -416,7 +413,9 @@ def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0
 def conditional(factors, v, state: dict) -> np.ndarray:
     """p(v | all others) of many states {name: (C,)}, (C, K): the factors that touch v, multiplied and normalised."""
     tables = [(f, np.moveaxis(f.table, f.variables.index(v), -1)) for f in factors if v in f.variables]
-    weight = math.prod(table[tuple(state[u] for u in f.variables if u != v)] for f, table in tables)
+    weight = np.ones((len(next(iter(state.values()))), 1))
+    for f, table in tables:
+        weight = weight * table[tuple(state[u] for u in f.variables if u != v)]
     return weight / weight.sum(-1, keepdims=True)
 
 
