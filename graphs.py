@@ -276,13 +276,48 @@ def oracle(joint: np.ndarray, names, tolerance: float = 1e-12):
 
 
 class Separations:
-    """d-separation of many queries (x, y, z) at once: bit q of an integer belongs to query q, so that one pass of
-    algorithm 3.1 over the edges, up and down until nothing changes, serves thousands."""
+    """d-separation in a DAG asked often. Many queries (x, y, z) at once: bit q of an integer belongs to query q,
+    so that one pass of algorithm 3.1 over the edges, up and down until nothing changes, serves thousands."""
 
     def __init__(self, parents: dict):
         self.order = topological(parents)
         self.index = {v: i for i, v in enumerate(self.order)}
         self.parents = [[self.index[p] for p in parents[v]] for v in self.order]
+        self.above, self.below, self.older = [], [0] * len(self.order), []      # bit masks of nodes
+        for i, above in enumerate(self.parents):
+            self.above.append(sum(1 << p for p in above))
+            older = 1 << i
+            for p in above:
+                self.below[p] |= 1 << i
+                older |= self.older[p]
+            self.older.append(older)                                            # ancestors and the node itself
+
+    def one(self, x, y, z) -> bool:
+        """A single query, by the moral graph of the ancestors without z: whether y lies in another part than x."""
+        at, older, above, below = self.index, self.older, self.above, self.below
+        x, y, relevant, observed = at[x], at[y], 0, 0
+        relevant = older[x] | older[y]
+        for v in z:
+            relevant |= older[at[v]]
+            observed |= 1 << at[v]
+        end, edge, left = 1 << y, 1 << x, relevant & ~observed          # left: neither observed nor found
+        families = relevant                                             # of which the parents are still to be married
+        while edge:
+            v = edge.bit_length() - 1
+            edge ^= 1 << v
+            born = below[v] & families
+            families &= ~born
+            near = above[v] | born
+            while born:
+                c = born.bit_length() - 1
+                born ^= 1 << c
+                near |= above[c]
+            near &= left
+            if near & end:
+                return False
+            left ^= near
+            edge |= near
+        return True
 
     def __call__(self, queries, block: int = 4096) -> list[bool]:
         return [s for i in range(0, len(queries), block) for s in self._block(queries[i:i + block])]
