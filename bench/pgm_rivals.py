@@ -149,7 +149,9 @@ def main():
         if pgmpy:
             from pgmpy.base import DAG
 
-            graph = DAG([(p, v) for v, above in dag.items() for p in above])
+            graph = DAG()
+            graph.add_nodes_from(dag)
+            graph.add_edges_from((p, v) for v, above in dag.items() for p in above)
             connected = lambda q, graph=graph: graph.is_dconnected(q[0], q[1], observed=q[2])
             assert [not connected(q) for q in few] == truth[:200]
             work["pgmpy is_dconnected"] = lambda few=few, f=connected: [f(q) for q in few]

@@ -21,7 +21,7 @@ elif [ $what = ebm_loops ]; then
     $pip --no-deps torchebm==0.8.9
 elif [ $what = pgm_rivals ]; then
     $pip networkx scipy pandas scikit-learn opt_einsum joblib matplotlib
-    $pip --no-deps pgmpy==1.1.2 pyAgrum==3.3.1 scikit-base packaging
+    $pip --no-deps pgmpy==1.1.2 pyAgrum==3.3.1 scikit-base packaging statsmodels patsy pyparsing
 elif [ $what = igpt_rivals ]; then
     $pip torch==2.13.0 transformers==5.23.0 x-transformers==2.31.10
 else
