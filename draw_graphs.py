@@ -78,11 +78,13 @@ def network_picture(path, parents: dict, states: dict, tables: dict, title: str 
     small = len(parents) <= 8 and all(t.size // t.shape[-1] <= 12 for t in tables.values())
     wide, side = max(map(len, rows)), 2.6 if small else max(0.7, 0.1 * max(map(len, parents)))
     figure, ax = _canvas(max(5, side * wide), max(3, (2.1 if small else 0.75) * len(rows)))
-    at = _places(rows)
+    at, depth = _places(rows), {v: k for k, row in enumerate(rows) for v in row}
     for v, above in parents.items():
-        for p in above:
-            ax.annotate("", at[v], at[p], zorder=1, arrowprops={"arrowstyle": "-|>", "color": MUTED, "shrinkA": 10,
-                                                                "shrinkB": 12, "linewidth": 0.9})
+        for p in above:                                     # past a layer in an arc, which no node there hides
+            rad = 0.35 * (small and depth[v] - depth[p] > 1) * (1 if at[p][0] <= at[v][0] else -1)
+            ax.annotate("", at[v], at[p], zorder=1, arrowprops={
+                "arrowstyle": "-|>", "color": MUTED, "shrinkA": 10, "shrinkB": 12, "linewidth": 0.9,
+                "connectionstyle": f"arc3,rad={rad}"})
     for v in parents:
         _node(ax, at[v], v, 10 if small else 7)
         if small:
@@ -152,6 +154,30 @@ def posteriors_picture(path, states: dict, beliefs: dict, exact: dict | None = N
     _save(path, figure)
 
 
+def independences(network, tree, graphs, metrics) -> dict:
+    """Of at most 8 variables: print the independences of each from its non-descendants, and count how many statements
+    (x, y, z) of the graph the numbers break (none may be), and how many the numbers hold that the graph does not know."""
+    import numpy as np
+
+    names, parents, graph = list(network.states), network.parents, network.graph()
+    if len(names) > 8 or math.prod(network.size.values()) > 2**10:
+        return {}
+    table = 1.0
+    for clique, shared, belief in zip(tree.cliques, tree.sepset, tree.calibrate()[0]):      # the joint, from the tree
+        belief = belief[..., 0].transpose(np.argsort([names.index(v) for v in clique]))
+        belief = belief.reshape([network.size[v] if v in clique else 1 for v in names])
+        below = belief.sum(tuple(k for k, v in enumerate(names) if v not in shared), keepdims=True)
+        table = table * belief / (below + (below == 0))
+    if parents:
+        for x, others, above in graphs.local_statements(parents):
+            print(f"{x} _|_ {', '.join(sorted(others))}{' | ' if above else ''}{', '.join(sorted(above))}")
+    apart = (lambda *s: graphs.d_separated(parents, *s)) if parents else (lambda *s: graphs.separated(graph, *s))
+    said, held = graphs.statements(names, apart), graphs.statements(names, graphs.oracle(table, names))
+    return {"independences": metrics.metric(len(said), None, "statements", "higher"),
+            "broken": metrics.metric(len(said - held), 0, "statements"),
+            "unforeseen": metrics.metric(len(held - said), None, "statements")}
+
+
 def report(job, network, tree, evidence: dict, query, answer, drawn=None) -> None:
     """Print and draw what pgm.py's --method found, `answer`, beside the exact posteriors of its junction tree."""
     import graphs
@@ -166,7 +192,7 @@ def report(job, network, tree, evidence: dict, query, answer, drawn=None) -> Non
         network_picture(folder / "network.png", network.parents, network.states, tables, job.args.dataset)
     cliques_picture(folder / "cliques.png", graph, graphs.maximal_cliques(graph))
     tree_picture(folder / "tree.png", tree.cliques, dict(enumerate(tree.parent)), dict(enumerate(tree.sepset)))
-    results = {"log_z": metrics.metric(log_z, None, "nats", "higher")}
+    results = {"log_z": metrics.metric(log_z, None, "nats", "higher")} | independences(network, tree, graphs, metrics)
     names = query or [v for v in network.states if v not in evidence]
     if method == "map":
         print("\n".join(f"{v:20} {found.get(v, '(observed)')}" for v in names))

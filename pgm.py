@@ -1,7 +1,7 @@
 """Bayesian and Markov networks: a graph, tables on it, and what follows from both.
 
-    p(x) = prod_i p(x_i | x_parents(i))        or        p(x) = 1/Z prod_a psi_a(x_a)    [1] (3.17), definition 4.3
-    log p(e) >= E_q log prod_a psi_a(x_a, e) + H(q),  the gap is KL(q || p(x | e))       [1] (11.3)
+    p(x) = prod_i p(x_i | x_parents(i))        or        p(x) = 1/Z prod_a psi_a(x_a)    [1] sections 3.2, 4.2
+    log p(e) >= E_q log prod_a psi_a(x_a, e) + H(q),  the gap is KL(q || p(x | e))       [1] section 11.1
 
 `--method`: ve, variable elimination in min-fill order [1] algorithm 9.1; junction, one calibration of a junction tree
 for all marginals at once [2]; map, the most probable state; loopy belief propagation with its Bethe free energy [3];
@@ -373,7 +373,7 @@ def entropy(p: np.ndarray) -> float:
 def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0.5, tolerance: float = 1e-10):
     """({name: belief}, Bethe log Z, largest change of the last round) by sum-product on the factor graph.
 
-    Exact on trees; elsewhere a fixed point of the Bethe free energy [3] (35), if it is reached at all: a change above
+    Exact on trees; elsewhere a fixed point of the Bethe free energy [3], if it is reached at all: a change above
     the tolerance says that it was not. All messages move together, new ones weigh 1 - damping."""
     factors, change = network.under(evidence), math.inf
     constant = math.prod(float(f.table) for f in factors if not f.variables)
@@ -454,12 +454,12 @@ def expected_log(log_factor: Factor, q: dict, without=None) -> np.ndarray:
 
 
 def elbo(log_factors, q: dict) -> float:
-    """sum_a E_q log psi_a + sum_i H(q_i) <= log Z. [1] (11.3)"""
+    """sum_a E_q log psi_a + sum_i H(q_i) <= log Z. [1] section 11.1"""
     return float(sum(expected_log(f, q) for f in log_factors)) + sum(map(entropy, q.values()))
 
 
 def mean_field_update(log_factors, q: dict, v) -> np.ndarray:
-    """The best q_v while the others stay: log q_v = sum_{a of v} E_q log psi_a + constant. [1] (11.54)"""
+    """The best q_v while the others stay: log q_v = sum_{a of v} E_q log psi_a + constant. [1] section 11.5.1"""
     score = sum(expected_log(f, q, v) for f in log_factors if v in f.variables)
     p = np.exp(score - score.max())
     return p / p.sum()

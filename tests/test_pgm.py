@@ -363,6 +363,23 @@ def test_gibbs_estimates_within_its_error(name):  # random > cumsum with the las
         assert (abs(found[v] - exact[v]) < 5 * error[v] + 1e-9).all() and error[v].max() < 0.02
 
 
+def test_a_variable_without_company_is_no_exception():  # weight of shape (K,)
+    net = pgm.Network({"a": "01", "b": "012", "c": "01"}, [(("a",), [0.2, 0.6]), (("a", "c"), [[1, 2], [3, 4]])])
+    exact, log_z = pgm.JunctionTree(net).marginals()
+    assert log_z == pytest.approx(math.log(3 * (0.2 * 3 + 0.6 * 7))) and pgm.eliminate(net)[1] == pytest.approx(log_z)
+    np.testing.assert_allclose(exact["b"], 1 / 3)
+    found, error = pgm.gibbs(net, None, 200, 200)
+    beliefs, bethe, _ = pgm.loopy(net)
+    assert bethe == pytest.approx(log_z)
+    for v in net.states:
+        np.testing.assert_allclose(found[v], exact[v], atol=0.01)
+        np.testing.assert_allclose(beliefs[v], exact[v], atol=1e-8)
+    assert pgm.most_probable(net)[0] == {"a": "1", "b": "0", "c": "1"}
+    assert pgm.mean_field(net)[1][-1] <= log_z
+    only = pgm.loopy(net, {"a": 0, "c": 1})[1]              # a factor that the evidence leaves without a variable
+    assert only == pytest.approx(math.log(3 * 0.2 * 2)) == pytest.approx(pgm.JunctionTree(net).marginals({"a": 0, "c": 1})[1])
+
+
 @given(st.integers(0, 10**6))
 def test_mean_field_rises_below_log_z_and_the_gap_is_the_kl(seed):  # all at once; the entropy left out
     net = random_network(seed, n=4, markov=True)
@@ -460,6 +477,7 @@ def test_each_method_writes_its_numbers_and_pictures(method, cli):
     numbers = json.loads((folder / "metrics.json").read_text())["metrics"]
     assert status == 0, error
     assert numbers["log_z"]["value"] == pytest.approx(math.log(0.6471), abs=1e-9)
+    assert [numbers[k]["value"] for k in ("independences", "broken", "unforeseen")] == [2, 0, 0]
     for name in ("network", "cliques", "tree"):
         assert (folder / f"{name}.png").stat().st_size > 1000
     assert (folder / "samples.csv").read_text().count("\n") == 6
@@ -483,6 +501,16 @@ def test_the_command_line_reads_a_file(cli, tmp_path):
 def test_bad_input_is_a_sentence(options, sentence, cli):
     status, error, _ = cli(pgm, *options)
     assert status == 2 and sentence in error and "Traceback" not in error
+
+
+def test_pixels_are_handed_over(cli, monkeypatch):
+    import sys
+    import types
+
+    seen = []
+    monkeypatch.setitem(sys.modules, "pixels", types.SimpleNamespace(main=lambda: seen.extend(sys.argv[1:])))
+    cli(pgm, "--model", "pixels", "--dataset", "persian", "--steps", 3)
+    assert seen[2:] == ["--dataset", "persian", "--steps", "3"]
 
 
 @pytest.mark.parametrize("name", problems.PROBLEMS)
