@@ -155,8 +155,8 @@ def posteriors_picture(path, states: dict, beliefs: dict, exact: dict | None = N
 
 
 def independences(network, tree, graphs, metrics) -> dict:
-    """Of at most 8 variables: print the independences of each from its non-descendants, and count how many statements
-    (x, y, z) of the graph the numbers break (none may be), and how many the numbers hold that the graph does not know."""
+    """Of at most 8 variables: print the independences of each from its non-descendants, and count the statements
+    (x, y, z) of the graph, those that the numbers break (none may be), and those that hold unknown to the graph."""
     import numpy as np
 
     names, parents, graph = list(network.states), network.parents, network.graph()

@@ -587,7 +587,7 @@ def main():
         data = formats.read_bif(args.bif) if args.bif else built_in[name][1:]
         network = Network(*data) if name in networks.MARKOV and not args.bif else bayesian(*data)
         pairs = [p.partition("=") for p in args.evidence.split(",") if p]
-        evidence, rng = network.observe({v.strip(): s.strip() for v, _, s in pairs}), np.random.default_rng(args.seed)
+        evidence, rng = {v.strip(): s.strip() for v, _, s in pairs}, np.random.default_rng(args.seed)
         drawn = sample(network, args.sample, rng)[0] if args.sample else None
         query = [network.known(v) for v in args.query.split(",") if v]
         answer = METHODS[args.method](network, evidence, rng)

@@ -494,7 +494,7 @@ def test_the_command_line_reads_a_file(cli, tmp_path):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["--evidence", "tub=yes,either=no"], "probability zero"), (["--evidence", "lungs=yes"], "unknown variable 'lungs'"),
+    (["--evidence", "tub=yes,either=no"], "tub = yes, either = no has probability zero"), (["--evidence", "lungs=yes"], "unknown variable 'lungs'"),
     (["--evidence", "lung=perhaps"], "no state 'perhaps'"), (["--query", "lungs"], "unknown variable"),
     (["--bif", "nowhere.bif"], "no such file"), (["--sample", "-1"], "negative"), (["--network", "x"], "invalid choice"),
     (["--network", "markov", "--sample", "3"], "ancestral sampling needs")])
