@@ -308,7 +308,7 @@ class JunctionTree:
         self.single = {v: (i, axes(self.cliques[i], [v]), shape(self.cliques[i], [v])) for v, i in owner.items()}
         self.indicator = {v: np.vstack([np.eye(k), np.ones(k)]) for v, k in size.items()}       # row -1: unobserved
 
-    def calibrate(self, evidence=None) -> tuple[list, np.ndarray]:
+    def calibrate(self, evidence=None, first: int = 0) -> tuple[list, np.ndarray]:
         """p(clique | e) of each clique, (K..., B), and log p(e), (B,); B is 1 where no evidence is an array.
 
         What scales a message up, so that it sums to 1, also divides the one that comes back down: then each clique of
@@ -331,7 +331,8 @@ class JunctionTree:
                 if self.parent[i] is not None:
                     messages[self.parent[i]].append((message / scales[i]).reshape(at_parent))
         if not scales.all():
-            raise ValueError(f"{impossible(evidence)} in set {int((scales == 0).any(0).argmax())}")
+            which = first + int((scales == 0).any(0).argmax())
+            raise ValueError(f"{impossible(evidence)}{f' in set {which}' if scales.shape[1] > 1 else ''}")
         for i, table in enumerate(tables):
             after = [1.0]                                               # products of the messages that come later
             for message in messages[i][:0:-1]:
@@ -354,7 +355,8 @@ class JunctionTree:
         n, out, log_z = next(iter(many.values()), 1), {v: [] for v in self.single}, []
         block = max(1, 2**17 // max(t.size for t in self.tables))
         for k in range(0, n, block):
-            beliefs, z = self.calibrate({v: s[k:k + block] if v in many else s for v, s in at.items()})
+            part = {v: s[k:k + block] if v in many else s for v, s in (evidence or {}).items()}
+            beliefs, z = self.calibrate(part, k)
             log_z.append(z)
             for v, (i, axes, _) in self.single.items():
                 out[v].append(np.add.reduce(beliefs[i], axes))

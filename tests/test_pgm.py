@@ -100,6 +100,14 @@ def test_impossible_evidence_is_a_sentence(call):  # no check of the scale
         call(net, {"tub": 0, "either": 1})
 
 
+def test_the_impossible_set_is_numbered():  # first left out
+    net = pgm.bayesian(*networks.NETWORKS["asia"][1:])
+    tub, either = np.zeros(40_000, int), np.zeros(40_000, int)
+    either[39_990] = 1
+    with pytest.raises(ValueError, match="probability zero in set 39990$"):
+        pgm.JunctionTree(net).marginals({"tub": tub, "either": either})
+
+
 def test_query_in_evidence_is_a_sentence():  # no check
     net = pgm.bayesian(*networks.NETWORKS["asia"][1:])
     with pytest.raises(ValueError, match="in the query and in the evidence"):
