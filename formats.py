@@ -8,6 +8,7 @@
     read_images(folder, size, grey)   png and jpg, a folder or a .zip   -> (N, C, size, size) uint8
     read_mesh(path)                   OFF or PLY, polygons cut up   -> vertices (V, 3) float64, triangles (F, 3) int64
     read_attributes(path)             CelebA's list of attributes       -> {file name: bool row}, names
+    read_bif(path)                    Bayesian networks, .gz or plain   -> {name: states}, {name: (parents, table)}
 
 Each reader stands alone and checks what it reads: a missing file gives FileNotFoundError, one that is empty, cut off or
 corrupt gives ValueError, in one sentence with the file, what was expected and what was found. No pickle is ever loaded.
@@ -18,6 +19,7 @@ Sources
   CIFAR   Krizhevsky, "Learning multiple layers of features from tiny images", 2009, binary version
   MAT     MathWorks, "MAT-file format", chapter 1 (level 5)
   OFF     Princeton Shape Benchmark, "Object file format"      PLY  Turk, "The PLY polygon file format", 1994
+  BIF     Cozman, "The interchange format for Bayesian networks", version 0.15; rows labelled as bnlearn writes them
   npy     NumPy, "NEP 1: a simple file format for NumPy arrays"; an .npz is a .zip of them
 """
 
@@ -25,6 +27,7 @@ import gzip
 import io
 import math
 import pathlib
+import re
 import struct
 import warnings
 import zipfile
@@ -412,3 +415,79 @@ def _decode_image(raw, path, size, grey):
     filter = Image.Resampling.BOX if size < side else Image.Resampling.BICUBIC
     image = image.resize((size, size), filter, box=(left, top, left + side, top + side))
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+
+
+# ---- Bayesian networks
+
+BIF_BLOCK = re.compile(r"(variable|probability)\s+(.*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", re.S)
+BIF_STATES = re.compile(r"type\s+discrete\s*\[\s*(\d+)\s*\]\s*\{([^}]*)\}")
+BIF_ROW = re.compile(r"(table|default|\(([^)]*)\))\s*([^;()]*);")
+
+
+def read_bif(path) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[tuple[str, ...], np.ndarray]]]:
+    """{variable: its states} and {variable: (parents, table)} of a .bif or .bif.gz file, the variable's axis last.
+
+    Rows are placed by the states that label them; they sum to 1 up to what the file rounds, and exactly here. A `table`
+    with parents runs as the format says: the variable's own states slowest, those of the last parent fastest."""
+    try:
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", _read(path).decode().replace('"', ""), flags=re.S)
+    except UnicodeDecodeError as e:
+        raise _wrong(path, "a .bif file, which is text", f"byte {e.start} that is none") from None
+    blocks, states, cpds = BIF_BLOCK.findall(text), {}, {}
+    for _, name, body in (b for b in blocks if b[0] == "variable"):
+        found = BIF_STATES.search(body)
+        values = tuple(v.strip() for v in found[2].split(",")) if found else ()
+        if not found or len(values) != int(found[1]) or len(set(values)) != len(values):
+            raise _wrong(path, f"as many different states of {name} as it says", body.strip()[:60] or "nothing")
+        states[name] = values
+    for _, head, body in (b for b in blocks if b[0] == "probability"):
+        name, *parents = re.split(r"[\s|,]+", head.strip("() \t\n"))
+        parents = tuple(p for p in parents if p)
+        for v in (name, *parents):
+            if v not in states:
+                raise _wrong(path, "probabilities of variables that it declares", repr(v))
+        cpds[name] = parents, _bif_table(path, name, parents, states, body)
+    if not states or states.keys() != cpds.keys():
+        missing = ", ".join(states.keys() - cpds.keys())
+        raise _wrong(path, "a network with the probabilities of each variable",
+                     f"none of {missing}" if missing else "no variable")
+    return states, cpds
+
+
+def _bif_table(path, name, parents, states, body):
+    """The table (parents..., states of the variable) of one block of probabilities."""
+    shape = tuple(len(states[v]) for v in (*parents, name))
+    index = {p: {s: i for i, s in enumerate(states[p])} for p in parents}
+    table = np.full(shape, np.nan)
+    for kind, label, numbers in BIF_ROW.findall(body):
+        try:
+            row = np.array(numbers.replace(",", " ").split(), float)
+            if kind == "table":
+                table[...] = np.moveaxis(row.reshape(shape[-1:] + shape[:-1]), 0, -1)
+            elif kind == "default":
+                table[np.isnan(table).any(-1)] = row
+            else:
+                labels = [s.strip() for s in label.split(",")]
+                table[tuple(index[p][s] for p, s in zip(parents, labels, strict=True))] = row
+        except (ValueError, KeyError):
+            raise _wrong(path, f"{shape[-1]} numbers for a state of each parent of {name}",
+                         f"{kind} {numbers.strip()}"[:60]) from None
+    total = table.sum(-1, keepdims=True)
+    if not (table >= 0).all() or not (abs(total - 1) < 1e-3).all():         # NaN: a row that is not there
+        raise _wrong(path, f"rows of {name} of numbers from 0 on that sum to 1", f"sums {np.unique(total)[:3]}")
+    return table / total
+
+
+def write_bif(path, states, cpds, name: str = "unknown") -> None:
+    """The file that read_bif reads back, with 17 digits a number; gzip where the name ends in .gz."""
+    lines = [f"network {name} {{", "}"]
+    for v, values in states.items():
+        lines += [f"variable {v} {{", f"  type discrete [ {len(values)} ] {{ {', '.join(values)} }};", "}"]
+    for v, (parents, table) in cpds.items():
+        lines.append(f"probability ( {v}{' | ' if parents else ''}{', '.join(parents)} ) {{")
+        for index in np.ndindex(table.shape[:-1]):
+            label = f"({', '.join(states[p][i] for p, i in zip(parents, index))})" if parents else "table"
+            lines.append(f"  {label} {', '.join(repr(float(x)) for x in table[index])};")
+        lines.append("}")
+    raw = ("\n".join(lines) + "\n").encode()
+    pathlib.Path(path).write_bytes(gzip.compress(raw) if str(path).endswith(".gz") else raw)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize | vae_rivals | ebm_loops | igpt_rivals] [options]
+# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals] [options]
 # torch is the project's own pin and comes first; each rival is then installed without its dependencies, so that it stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=rivals
-case "${1:-}" in quantize | vae_rivals | ebm_loops | igpt_rivals) what=$1; shift ;; esac
+case "${1:-}" in quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals) what=$1; shift ;; esac
 where=$(mktemp -d)
 trap 'rm -rf "$where"' EXIT
 "${PYTHON:-python3}" -m venv "$where/venv"
@@ -19,6 +19,9 @@ elif [ $what = vae_rivals ]; then
         scipy scikit-learn joblib threadpoolctl
 elif [ $what = ebm_loops ]; then
     $pip --no-deps torchebm==0.8.9
+elif [ $what = pgm_rivals ]; then
+    $pip networkx scipy pandas scikit-learn opt_einsum joblib matplotlib
+    $pip --no-deps pgmpy==1.1.2 pyAgrum==3.3.1 scikit-base packaging statsmodels patsy pyparsing
 elif [ $what = igpt_rivals ]; then
     $pip torch==2.13.0 transformers==5.23.0 x-transformers==2.31.10
 else

@@ -433,3 +433,65 @@ def test_cifar(real_data):
 def test_pokesprite_alpha_and_palette(real_data):
     x = formats.read_images(real_data / "pokesprite" / "regular", 28)
     assert x.shape == (500, 3, 28, 28) and (x[:, :, 0, 0] == 255).mean() > 0.95                # corners are transparent
+
+
+# ---- Bayesian networks
+
+BIF = """network x { }  // a comment
+variable a { type discrete [ 2 ] { yes, no/maybe }; }
+variable b { type discrete [ 3 ] { <5, 5-12, 12+ }; }
+probability ( a ) { table 0.25, 0.75; }
+probability ( b | a ) {
+  (no/maybe) 0.5, 0.25, 0.25;
+  (yes) 0.1, 0.2, 0.7;
+}
+"""
+
+
+def test_bif_rows_go_where_their_labels_say(tmp_path):  # rows in the order of the file
+    (tmp_path / "x.bif").write_text(BIF)
+    states, cpds = formats.read_bif(tmp_path / "x.bif")
+    assert states == {"a": ("yes", "no/maybe"), "b": ("<5", "5-12", "12+")} and cpds["b"][0] == ("a",)
+    np.testing.assert_allclose(cpds["b"][1], [[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+
+
+def test_bif_default_and_flat_tables(tmp_path):  # moveaxis left out
+    (tmp_path / "x.bif").write_text(BIF.replace("(yes) 0.1, 0.2, 0.7;", "default 0.3 0.3 0.4;"))
+    np.testing.assert_allclose(formats.read_bif(tmp_path / "x.bif")[1]["b"][1], [[0.3, 0.3, 0.4], [0.5, 0.25, 0.25]])
+    start, end = BIF.index("  (no"), BIF.rindex("}")
+    (tmp_path / "x.bif").write_text(BIF[:start] + "table 0.1, 0.5, 0.2, 0.25, 0.7, 0.25;" + BIF[end:])
+    np.testing.assert_allclose(formats.read_bif(tmp_path / "x.bif")[1]["b"][1], [[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+
+
+@pytest.mark.parametrize("name", ["x.bif", "x.bif.gz"])
+def test_bif_round_trip(name, tmp_path):  # parents reversed in the label
+    rng = np.random.default_rng(0)
+    states = {"a": ("u", "v"), "b": ("1", "2", "3"), "c": ("x", "y", "z", "w")}
+    cpds = {"a": ((), rng.dirichlet(np.ones(2))), "b": ((), rng.dirichlet(np.ones(3))),
+            "c": (("b", "a"), rng.dirichlet(np.ones(4), (3, 2)))}
+    formats.write_bif(tmp_path / name, states, cpds)
+    found, tables = formats.read_bif(tmp_path / name)
+    assert found == states and {v: p for v, (p, _) in tables.items()} == {v: p for v, (p, _) in cpds.items()}
+    for v in states:
+        np.testing.assert_allclose(tables[v][1], cpds[v][1], rtol=1e-15)
+
+
+@pytest.mark.parametrize("old, new, sentence", [
+    ("0.25, 0.75", "0.25, 0.65", "that sum to 1"), ("0.25, 0.75", "-0.25, 1.25", "from 0 on"), ("0.25, 0.75", "0.25", "2 numbers"),
+    ("(yes) 0.1", "(perhaps) 0.1", "3 numbers for a state"), ("  (yes) 0.1, 0.2, 0.7;\n", "", "that sum to 1"),
+    ("b | a", "b | c", "'c'"), ("[ 3 ]", "[ 4 ]", "different states of b"), ("yes, no/maybe", "yes, yes", "different states of a"),
+    ("probability ( a ) { table 0.25, 0.75; }", "", "none of a"), ("variable", "thing", "that it declares"), ("0.75", "x", "2 numbers")])
+def test_wrong_bif_is_a_sentence(old, new, sentence, tmp_path):  # any of the checks
+    (tmp_path / "x.bif").write_text(BIF.replace(old, new))
+    with pytest.raises(ValueError, match="x.bif: expected .*found") as error:
+        formats.read_bif(tmp_path / "x.bif")
+    assert sentence in str(error.value)
+
+
+def test_bif_that_is_no_text_or_empty(tmp_path):
+    for content in (b"\xff\xfe\x00", b"hello", b""):
+        (tmp_path / "x.bif").write_bytes(content)
+        with pytest.raises(ValueError, match="x.bif"):
+            formats.read_bif(tmp_path / "x.bif")
+    with pytest.raises(FileNotFoundError):
+        formats.read_bif(tmp_path / "none.bif")

@@ -84,7 +84,17 @@ assert len(rows) == 3 and len(models) == 12
 for model in models.values():
     assert model.sample(5, 0).shape == (5, 6, 5) and model.log_prob(x).isfinite().all()
 """
+PGM = """
+import numpy as np
+import pgm as m
+net = m.bayesian({"a": "01", "b": "012"}, {"a": ((), [0.3, 0.7]), "b": (("a",), [[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])})
+data, _ = m.sample(net, 50)
+learnt, history = m.em(net, {"b": data["b"]}, rounds=3)
+found, _ = m.JunctionTree(learnt).marginals({"b": 1})
+assert 2 <= len(history) <= 4 and np.allclose(found["a"], m.eliminate(learnt, "a", {"b": 1})[0].table)
+"""
 USES = {
+    "pgm": [PGM],
     "pixels": [PIXELS],
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
     "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
@@ -125,4 +135,5 @@ def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours
 
 def test_every_script_is_tried_here():
     shared = {"baselines", "clouds", "data", "formats", "shapes", "metrics", "judges", "latents", "run"}
+    shared = {"baselines", "data", "draw_graphs", "formats", "graphs", "judges", "latents", "metrics", "networks", "problems", "run", "shapes"}
     assert {p.stem for p in ROOT.glob("*.py")} - shared == set(USES)
