@@ -30,6 +30,8 @@ _HOME = {
     "decode_attention_reference": "attention",
     "selective_scan": "scan",
     "selective_scan_reference": "scan",
+    "rational_quadratic": "spline",
+    "rational_quadratic_reference": "spline",
     "residual_mlp": "mlp",
     "residual_mlp_reference": "mlp",
     "philox": "rng",
