@@ -100,6 +100,54 @@ def fused(name, plain):
     return getattr(kernels, name, plain)
 
 
+# ---- maths: an ODE that carries noise to data
+
+
+def euler(f, x: Tensor, t: float, h: float) -> Tensor:
+    return x + h * f(x, t)
+
+
+def heun(f, x: Tensor, t: float, h: float) -> Tensor:
+    """The trapezoid rule with Euler's guess of its end: second order."""
+    k = f(x, t)
+    return x + h / 2 * (k + f(x + h * k, t + h))
+
+
+SOLVERS = {"heun": heun, "euler": euler}
+
+
+def ode(f, x: Tensor, start: float, stop: float, steps: int, step=heun):
+    """States of dx/dt = f(x, t) at steps + 1 times from start to stop."""
+    h = (stop - start) / steps
+    yield x
+    for k in range(steps):
+        x = step(f, x, start + k * h, h)
+        yield x
+
+
+def divergence(f, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) (B, D) and tr df/dx (B,), exactly: D gradients."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        v = f(x)
+        rows = [torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1])]
+    return v.detach(), sum(rows)
+
+
+def hutchinson(f, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) and e . (df/dx) e, whose mean is the trace for any e of mean 0 and covariance I."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        v = f(x)
+        return v.detach(), (torch.autograd.grad(v, x, e)[0] * e).flatten(1).sum(1)
+
+
+def straight(z: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - t) z + t x and its velocity x - z, t (B,). [4] (22), [6] (1)"""
+    t = t.view(-1, *[1] * (x.ndim - 1))
+    return (1 - t) * z + t * x, x - z
+
+
 # ---- maths: pixels
 
 
@@ -121,7 +169,7 @@ def bits_per_dim(log_prob: Tensor, dims: int, n: int) -> Tensor:
 
 
 class PointNet(nn.Module):
-    """Points (B, D) -> (B, out). Beside x stand sines and cosines of 1/2, 1, 2, .. times each coordinate; zero at first."""
+    """Points (B, D) -> (B, out). Beside x stand sines and cosines of x/2, x, 2x, ..; zero at first."""
 
     def __init__(self, dim: int, out: int, width: int = 64, depth: int = 2, waves: int = 5):
         super().__init__()
@@ -164,7 +212,7 @@ def times_places(per_place: Tensor, x: Tensor) -> Tensor:
 
 
 class ActNorm(nn.Module):
-    """(x + b) e^s a channel, of mean 0 and variance 1 on the first batch; that it was seen is part of the state. [3] 3.1"""
+    """(x + b) e^s a channel, mean 0 and variance 1 on the first batch; that it was seen is in the state. [3] 3.1"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -248,43 +296,73 @@ class Coupling(nn.Module):
         return self(y, inverse=True)
 
 
-class SplitPrior(nn.Module):
-    """The last channels as a Gaussian whose mean and scale the first say: eps = (z - mu(h)) / sigma(h), [3] 3.6"""
-
-    def __init__(self, channels: int, network):
-        super().__init__()
-        self.coupling = Coupling(channels, network)
-
-    def forward(self, x):
-        return self.coupling(x)
-
-    def inverse(self, y):
-        return self.coupling.inverse(y)
-
-
 # ---- the family: bijections with a log-determinant
 
 
 class Flow(nn.Module):
-    """Layers at `scales` scales of an image, half of the channels leaving after each but the last; or of points.
+    """`forward(x) -> z, log_det` and `inverse(z) -> x, log_det`, and what follows from them.
 
-    `forward(x) -> z, log_det`: x (B, *shape), images in [-1/2, 1/2), z (B, D), the coarsest scale first. `levels` of
-    the data (None for points), of which `bits` at most are kept."""
+    Points x (B, D); of images (B, C, H, W) y in [-1/2, 1/2) takes the place of x. z (B, D). `levels` are those of the
+    data (None for points), of which `bits` at most are kept."""
+
+    def __init__(self, shape, levels=None, bits: int = 8):
+        super().__init__()
+        self.shape, self.levels, self.images, self.dims = tuple(shape), levels, len(shape) == 3, math.prod(shape)
+        self.n = min(levels, 2**bits) if self.images else 0
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p in nats, (B,)."""
+        z, log_det = self(x)
+        return standard_log_prob(z) + log_det
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
+        """(n, *shape) from z ~ N(0, temperature^2 I); images in [-1, 1]."""
+        return self.decode(temperature * torch.randn(n, self.dims, device=next(self.parameters()).device))
+
+    def loss(self, x: Tensor) -> dict[str, Tensor]:
+        """Points: nats; images: bits/dim of one dequantised copy, a bound on that of the integers."""
+        return {"loss": self.bits(x).mean() if self.images else -self.log_prob(x).mean()}
+
+    # -- images in [-1, 1], as the data gives them, and y
+
+    def bits(self, x: Tensor) -> Tensor:
+        return bits_per_dim(self.log_prob(self.dequantize(x, torch.rand_like(x))), self.dims, self.n)
+
+    def dequantize(self, x: Tensor, u: Tensor | float = 0.5) -> Tensor:
+        """y in [-1/2, 1/2), for u in [0, 1)."""
+        if not (x.abs() <= 1).all():
+            raise ValueError(f"images lie in [-1, 1]; got {float(x.min()):g} .. {float(x.max()):g}")
+        level = ((x + 1) * ((self.levels - 1) / 2)).round()             # before the floor: 254.99 is 255
+        return ((level * (self.n / self.levels)).floor() + u) / self.n - 0.5
+
+    def quantize(self, y: Tensor) -> Tensor:
+        return ((y + 0.5) * self.n).floor().clamp(0, self.n - 1) * (2 / (self.n - 1)) - 1
+
+    def encode(self, x: Tensor) -> Tensor:
+        """z of x, or of the middle of its levels."""
+        return self(self.dequantize(x) if self.images else x)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        x = self.inverse(z)[0]
+        return self.quantize(x) if self.images else x
+
+
+class Layered(Flow):
+    """Layers at `scales` scales of an image, half of the channels leaving after each but the last; or of points. What
+    leaves is scaled and shifted as the rest says: a learned Gaussian prior given the rest, [3] 3.6."""
 
     bins = 0
 
-    def __init__(self, shape, levels=None, depth: int = 4, width: int = 64, scales: int = 2, waves: int = 5,
-                 bits: int = 8):
-        super().__init__()
-        self.shape, self.levels, self.images = tuple(shape), levels, len(shape) == 3
-        if self.images:
-            if any(side % 2**scales for side in shape[1:]):
-                raise ValueError(f"images of {shape[1]} x {shape[2]} cannot be halved {scales} times: choose --scales or "
-                                 f"--size so that 2^scales divides the sides")
-            self.n = min(levels, 2**bits)
-            network = lambda i, o: ConvNet(i, o, width)
-        else:
-            network = lambda i, o: PointNet(i, o, width, waves=waves)
+    def __init__(self, shape, levels=None, bits: int = 8, depth: int = 4, width: int = 64, scales: int = 2,
+                 waves: int = 6):
+        super().__init__(shape, levels, bits)
+        if self.images and any(side % 2**scales for side in shape[1:]):
+            raise ValueError(f"images of {shape[1]} x {shape[2]} cannot be halved {scales} times; choose --scales or "
+                             "--size so that 2^scales divides the sides")
+        if not self.images and shape[0] < 2:
+            raise ValueError("a coupling needs two coordinates or more")
+        network = (lambda i, o: ConvNet(i, o, width)) if self.images else lambda i, o: PointNet(i, o, width, 1, waves)
         channels, self.scales = shape[0], nn.ModuleList()
         for k in range(scales if self.images else 1):
             channels *= 4 if self.images else 1
@@ -295,10 +373,8 @@ class Flow(nn.Module):
             self.scales.append(nn.ModuleList(layers))
 
     def step(self, channels, network) -> list[nn.Module]:
-        norm = [ActNorm(channels)] if self.images else []
+        norm = [ActNorm(channels)] if self.images else []               # in the place of batch normalisation
         return [*norm, Coupling(channels, network, self.bins), Flip()]
-
-    # -- the bijection
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts, log_det = [], x.new_zeros(len(x))
@@ -314,83 +390,115 @@ class Flow(nn.Module):
         return torch.cat([x.flatten(1), *reversed(parts)], 1), log_det
 
     def sizes(self) -> list[int]:
-        """Numbers of z that each scale has, the coarsest first."""
-        D, sizes = math.prod(self.shape), []
+        """How many numbers of z each scale has, the coarsest first."""
+        left, sizes = self.dims, []
         for _ in range(len(self.scales) - 1):
-            sizes.append(D // 2)
-            D -= D // 2
-        return [D, *reversed(sizes)]
+            sizes.append(left // 2)
+            left -= left // 2
+        return [left, *reversed(sizes)]
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, *parts = z.split(self.sizes(), 1)
         sides = [side >> len(self.scales) for side in self.shape[1:]]
         x, log_det = x.unflatten(1, (-1, *sides)) if self.images else x, z.new_zeros(len(z))
         for k, layers in enumerate(reversed(self.scales)):
-            if k:
-                x = torch.cat([x, parts[k - 1].view_as(x)], 1)
+            x = torch.cat([x, parts[k - 1].view_as(x)], 1) if k else x
             for layer in reversed(layers):
                 x, change = layer.inverse(x)
                 log_det = log_det + change
             x = unsqueeze(x) if self.images else x
         return x, log_det
 
-    # -- what follows from it
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, (B,); of images, the density of y."""
-        z, log_det = self(x)
-        return standard_log_prob(z) + log_det
-
-    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
-        """(n, *shape) from z ~ N(0, temperature^2 I); images in [-1, 1]."""
-        z = temperature * torch.randn(n, math.prod(self.shape), device=next(self.parameters()).device)
-        return self.decode(z)
-
-    def loss(self, x: Tensor) -> dict[str, Tensor]:
-        """Points: nats; images: bits/dim of one dequantised copy, a bound on that of the integers."""
-        if not self.images:
-            return {"loss": -self.log_prob(x).mean()}
-        u = torch.rand_like(x)
-        return {"loss": bits_per_dim(self.log_prob(self.dequantize(x, u)), x[0].numel(), self.n).mean()}
-
-    # -- images in [-1, 1], as the data gives them, and y
-
-    def dequantize(self, x: Tensor, u: Tensor | float = 0.5) -> Tensor:
-        """y in [-1/2, 1/2); u in [0, 1)."""
-        if not (x.abs() <= 1).all():
-            raise ValueError(f"images lie in [-1, 1]; got {float(x.min()):g} .. {float(x.max()):g}")
-        level = ((x + 1) * ((self.levels - 1) / 2)).round()             # before the floor: 255 is not 254.99
-        return ((level * (self.n / self.levels)).floor() + u) / self.n - 0.5
-
-    def quantize(self, y: Tensor) -> Tensor:
-        level = ((y + 0.5) * self.n).floor().clamp(0, self.n - 1)
-        return level * (2 / (self.n - 1)) - 1
-
-    def encode(self, x: Tensor) -> Tensor:
-        """z of the middle of each level."""
-        return self(self.dequantize(x) if self.images else x)[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        x = self.inverse(z)[0]
-        return self.quantize(x) if self.images else x
+    def states(self, z):
+        """(label, x) on the way from z to points."""
+        yield "z", z
+        for k, layer in enumerate(reversed(self.scales[0])):
+            z = layer.inverse(z)[0]
+            yield f"layer {len(self.scales[0]) - k}", z
 
 
-class RealNVP(Flow):
+class RealNVP(Layered):
     pass
 
 
-class Spline(Flow):
-    def __init__(self, shape, levels=None, depth: int = 2, *args, bins: int = 32, **options):
+class Spline(Layered):
+    def __init__(self, *args, bins: int = 32, **options):
         self.bins = bins
-        super().__init__(shape, levels, depth, *args, **options)
+        super().__init__(*args, **options)
 
 
-class Glow(Flow):
+class Glow(Layered):
     def step(self, channels, network):
         return [ActNorm(channels), InvertibleLinear(channels), Coupling(channels, network)]
 
 
-MODELS = {"spline": Spline, "realnvp": RealNVP, "glow": Glow}
+class Matching(Flow):
+    """dx/dt = v(x, t), v fitted to the velocities of straight lines from noise to data: E |v(x_t, t) - (x - z)|^2. [4]
+
+    `forward` solves from t = 1 to 0; log_det is exact up to three dimensions, above them an unbiased estimate. A batch
+    may hold pairs (B, 2, D) of z and x that another model joins: reflow [6]."""
+
+    def __init__(self, shape, levels=None, width: int = 64, waves: int = 6, ode_steps: int = 50, solver: str = "heun"):
+        if len(shape) == 3:
+            raise ValueError("matching is for points here; of images --model glow has a density, and ddpm.py draws them")
+        super().__init__(shape, levels)
+        self.ode_steps, self.solver = ode_steps, SOLVERS[solver]
+        self.network = PointNet(self.dims + 1, self.dims, 2 * width, 3, waves)
+
+    def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
+        return self.network(torch.cat([x, t[:, None]], 1))
+
+    def solve(self, x: Tensor, start: float, stop: float) -> tuple[Tensor, Tensor]:
+        """x at `stop`, and the integral of tr dv/dx on the way."""
+        e = torch.randint(2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+
+        def field(state, t):
+            v, x = lambda x: self.velocity(x, t), state[:, :-1]
+            v, trace = divergence(v, x) if self.dims <= 3 else hutchinson(v, x, e)
+            return torch.cat([v, trace[:, None]], 1)
+
+        *_, state = ode(field, F.pad(x, (0, 1)), start, stop, self.ode_steps, self.solver)
+        return state[:, :-1], state[:, -1]
+
+    def forward(self, x):
+        return self.solve(x, 1.0, 0.0)
+
+    def inverse(self, z):
+        return self.solve(z, 0.0, 1.0)
+
+    def states(self, z):
+        for k, x in enumerate(ode(self.velocity, z, 0.0, 1.0, self.ode_steps, self.solver)):
+            yield f"t = {k / self.ode_steps:.2g}", x
+
+    def decode(self, z):
+        *_, (_, x) = self.states(z)
+        return x
+
+    def loss(self, x):
+        z, x = x.unbind(1) if x.ndim == 3 else (torch.randn_like(x), x)
+        t = (torch.rand(len(x), device=x.device) + torch.arange(len(x), device=x.device)) / len(x)
+        x_t, v = straight(z, x, t)                          # one time in each part of [0, 1]: less variance
+        return {"loss": (self.velocity(x_t, t) - v).square().mean()}
+
+    @torch.no_grad()
+    def pairs(self, n: int) -> Tensor:
+        """(n, 2, D): noise, and where it is carried."""
+        z = torch.randn(n, self.dims, device=next(self.parameters()).device)
+        return torch.stack([z, self.decode(z)], 1)
+
+    @torch.no_grad()
+    def curvature(self, pairs: Tensor, times: int = 20) -> Tensor:
+        """E int |x - z - v(x_t, t)|^2 dt along the model's own ways, 0 where all are straight: [6] (5)."""
+        z, x = pairs.unbind(1)
+        h, total = 1 / self.ode_steps, 0.0
+        for k, (_, x_t) in enumerate(self.states(z)):
+            if k < self.ode_steps:
+                total = total + h * (x - z - self.velocity(x_t, k * h)).square().flatten(1).sum(1).mean()
+        return total
+
+
+MODELS = {"spline": Spline, "realnvp": RealNVP, "glow": Glow, "matching": Matching}
 
 
 def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float, start: int = 0, decay: float = 0.998,
@@ -401,7 +509,7 @@ def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float,
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         x = next(batches)
-        if not step:                                        # actnorm sees its first batch
+        if not step:                                        # actnorm sees its first batch, whole
             with torch.no_grad():
                 model.loss(x)
             average.load_state_dict(model.state_dict())
@@ -417,46 +525,88 @@ def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float,
 def build(config: dict, shape, levels) -> Flow:
     """The model that the options of a run, or of a checkpoint, describe; levels None for points."""
     member = MODELS[config["model"]]
-    names = [*inspect.signature(Flow).parameters, *inspect.signature(member).parameters]
-    options = {name: config[name] for name in names if name in config}
-    return member(shape, levels, **options)
+    names = {*inspect.signature(Layered if issubclass(member, Layered) else Flow).parameters,
+             *inspect.signature(member).parameters}
+    return member(shape, levels, **{name: config[name] for name in names if name in config})
+
+
+@torch.no_grad()
+def inverse_error(model: Flow, x: Tensor) -> float:
+    """max |f^-1(f(x)) - x| / max(1, |x|), at the precision of x."""
+    again = model.inverse(model(x)[0])[0]
+    return float(((again - x).abs() / x.abs().clamp_min(1)).max())
 
 
 def main():
     import time
 
     import data
+    import edits
     import metrics
     import run
 
     args = run.parse(
         __doc__, MODELS, steps=5000, batch=512, lr=6e-3,
-        training={"depth": (2, "steps of flow (a scale)"), "width": (64, "of the networks"),
-                  "size": (0, "of images, in pixels; 0 keeps them")},
-        sampling={})
+        training={"depth": (3, "steps of flow a scale"), "width": (64, "of the networks"),
+                  "bins": (32, "of a spline"), "waves": (6, "frequencies of sines"),
+                  "scales": (2, "of images"), "bits": (8, "of an image's levels that are kept"),
+                  "reflow": ("", "a checkpoint of --model matching, whose ways are made straight"),
+                  "decay": (0.998, "of the average of the weights"), "size": (0, "of images, in pixels; 0 keeps them")},
+        sampling={"temperature": (1.0, "of z"), "solver": ("heun", "of the ODE", list(SOLVERS)),
+                  "ode_steps": (50, "of the solver"),
+                  "task": ("all", "edits of z, of images", ["all", *edits.TASKS, "none"])},
+        images={"model": "glow", "steps": 3000, "batch": 64, "lr": 1e-3, "depth": 4, "bins": 8, "samples": 500,
+                "faces": {"size": 32, "scales": 3, "bits": 5, "batch": 32}, "decay": 0.995})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
-        model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
+        levels = None if density else truth.levels
+        model = build(vars(args), truth.shape, levels).to(job.device)
+        batches = truth.batches(args.batch, job.device)
+        if args.reflow:
+            if args.model != "matching":
+                raise ValueError("--reflow straightens the ways of --model matching")
+            checkpoint = run.read_checkpoint(args.reflow, "flows")
+            if checkpoint["config"]["model"] != "matching":
+                raise ValueError(f"{args.reflow} holds a {checkpoint['config']['model']}, which follows no ODE")
+            run.restore(model, checkpoint["state"]["average"], args.reflow, "average")
+            pool = torch.cat([model.pairs(1000) for _ in range(20)])
+            batches = (pool[torch.randint(len(pool), (args.batch,), device=job.device)] for _ in iter(int, 1))
         average = copy.deepcopy(model).requires_grad_(False)
         if args.ckpt:
             job.restore(average=average)
         else:
             optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
             start = job.keep(model=model, average=average, optimizer=optimizer)
-            rows = train(model, average, optimizer, truth.batches(args.batch, job.device), args.steps, args.lr, start,
-                         share=job.share)
-            for _ in job.track(rows, floors={"loss": truth.entropy} if density else None):
+            rows = train(model, average, optimizer, batches, args.steps, args.lr, start, args.decay, job.share)
+            floors = {"loss": truth.entropy} if density and args.model != "matching" else None
+            for _ in job.track(rows, floors=floors):
                 pass
-        began = time.perf_counter()
-        with torch.inference_mode():
-            samples = torch.cat([average.sample(min(2000, args.samples - i)).cpu() for i in range(0, args.samples, 2000)])
+
+        began, rows = time.perf_counter(), 2000 if density else 100
+        samples = torch.cat([average.sample(min(rows, args.samples - i), args.temperature).cpu()
+                             for i in range(0, args.samples, rows)])
         seconds = time.perf_counter() - began
+        with torch.no_grad():
+            z = torch.randn(2000, average.dims, device=job.device)
+            frames = {label: x.cpu() for label, x in average.states(z)} if density else None
         results, samples = job.judge(samples, truth)
+        x = truth.sample(1000 if density else 200).to(job.device)
         if density:
-            results["kl"] = metrics.metric(metrics.exact_kl(average.log_prob, truth, 600, device=job.device), 0, "nats")
-        job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds)
+            kl = metrics.exact_kl(average.log_prob, truth, 240 if args.model == "matching" else 600, device=job.device)
+            results["kl"] = metrics.metric(kl, 0, "nats")
+            results["nll"] = metrics.nll(average.log_prob, truth, device=job.device)
+        else:
+            with torch.no_grad():
+                bits = torch.cat([average.bits(part) for part in x.split(50)])
+            results["bits_per_dim"] = metrics.metric(bits.mean(), math.log2(average.n), "bits (bound)")
+            x = average.dequantize(x[:64], torch.rand_like(x[:64]))
+            results |= edits.report(average, truth, job.folder, args.task)
+        results["inverse_error"] = metrics.metric(inverse_error(average, x), 0, "relative")
+        if args.model == "matching":
+            results["curvature"] = metrics.metric(average.curvature(average.pairs(1000)), 0)
+        job.report(results, samples, truth, sum(p.numel() for p in model.parameters()), seconds, frames=frames)
 
 
 if __name__ == "__main__":
