@@ -440,7 +440,7 @@ class Matching(Flow):
 
     def __init__(self, shape, levels=None, width: int = 64, waves: int = 6, ode_steps: int = 50, solver: str = "heun"):
         if len(shape) == 3:
-            raise ValueError("matching is for points here; of images --model glow has a density, and ddpm.py draws them")
+            raise ValueError("matching is for points here; for images there are --model glow and ddpm.py")
         super().__init__(shape, levels)
         self.ode_steps, self.solver = ode_steps, SOLVERS[solver]
         self.network = PointNet(self.dims + 1, self.dims, 2 * width, 3, waves)
@@ -525,8 +525,7 @@ def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float,
 def build(config: dict, shape, levels) -> Flow:
     """The model that the options of a run, or of a checkpoint, describe; levels None for points."""
     member = MODELS[config["model"]]
-    names = {*inspect.signature(Layered if issubclass(member, Layered) else Flow).parameters,
-             *inspect.signature(member).parameters}
+    names = {*inspect.signature(member).parameters, *(inspect.signature(Layered).parameters if member != Matching else ())}
     return member(shape, levels, **{name: config[name] for name in names if name in config})
 
 
