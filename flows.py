@@ -185,18 +185,14 @@ class PointNet(nn.Module):
         return self.net(torch.cat([x, angles.sin(), angles.cos()], 1))
 
 
-class ConvNet(nn.Module):
+class ConvNet(nn.Sequential):
     """Images (B, C, H, W) -> (B, out, H, W), zero at first. [3] 4"""
 
     def __init__(self, channels: int, out: int, width: int):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
-                                 nn.Conv2d(width, out, 3, 1, 1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        super().__init__(nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+                         nn.Conv2d(width, out, 3, 1, 1))
+        nn.init.zeros_(self[-1].weight)
+        nn.init.zeros_(self[-1].bias)
 
 
 # ---- layers: forward(x) -> y, log_det (B,), and inverse; x (B, C) or (B, C, H, W)
@@ -281,15 +277,11 @@ class Coupling(nn.Module):
         self.numbers = 3 * bins - 1 if bins else 2
         self.network = network(self.kept, (channels - self.kept) * self.numbers)
 
-    def transform(self, a, b, inverse):
-        theta = self.network(a).unflatten(1, (-1, self.numbers)).movedim(2, -1)
-        if not self.bins:
-            return affine(b, theta, inverse)
-        return fused("rational_quadratic", rational_quadratic_plain)(b, theta, self.bound, inverse)
-
     def forward(self, x, inverse=False):
         a, b = x[:, : self.kept], x[:, self.kept :]
-        b, log_slope = self.transform(a, b, inverse)
+        theta = self.network(a).unflatten(1, (-1, self.numbers)).movedim(2, -1)
+        spline = fused("rational_quadratic", rational_quadratic_plain)
+        b, log_slope = spline(b, theta, self.bound, inverse) if self.bins else affine(b, theta, inverse)
         return torch.cat([a, b], 1), log_slope.flatten(1).sum(1)
 
     def inverse(self, y):
@@ -418,7 +410,7 @@ class Layered(Flow):
 
 
 class RealNVP(Layered):
-    pass
+    """Affine couplings and nothing else."""
 
 
 class Spline(Layered):
@@ -488,7 +480,7 @@ class Matching(Flow):
         return torch.stack([z, self.decode(z)], 1)
 
     @torch.no_grad()
-    def curvature(self, pairs: Tensor, times: int = 20) -> Tensor:
+    def curvature(self, pairs: Tensor) -> Tensor:
         """E int |x - z - v(x_t, t)|^2 dt along the model's own ways, 0 where all are straight: [6] (5)."""
         z, x = pairs.unbind(1)
         h, total = 1 / self.ode_steps, 0.0
@@ -525,7 +517,8 @@ def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float,
 def build(config: dict, shape, levels) -> Flow:
     """The model that the options of a run, or of a checkpoint, describe; levels None for points."""
     member = MODELS[config["model"]]
-    names = {*inspect.signature(member).parameters, *(inspect.signature(Layered).parameters if member != Matching else ())}
+    owners = {member} if member == Matching else {member, Layered}
+    names = {name for owner in owners for name in inspect.signature(owner).parameters}
     return member(shape, levels, **{name: config[name] for name in names if name in config})
 
 
@@ -545,25 +538,25 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, steps=5000, batch=512, lr=6e-3,
+        __doc__, MODELS, steps=4000, batch=1024, lr=1e-2,
         training={"depth": (3, "steps of flow a scale"), "width": (64, "of the networks"),
-                  "bins": (32, "of a spline"), "waves": (6, "frequencies of sines"),
-                  "scales": (2, "of images"), "bits": (8, "of an image's levels that are kept"),
+                  "bins": (32, "of a spline"), "waves": (6, "frequencies of sines"), "scales": (2, "of images"),
+                  "bits": (8, "of an image's levels that are kept"),
                   "reflow": ("", "a checkpoint of --model matching, whose ways are made straight"),
                   "decay": (0.998, "of the average of the weights"), "size": (0, "of images, in pixels; 0 keeps them")},
         sampling={"temperature": (1.0, "of z"), "solver": ("heun", "of the ODE", list(SOLVERS)),
                   "ode_steps": (50, "of the solver"),
                   "task": ("all", "edits of z, of images", ["all", *edits.TASKS, "none"])},
         images={"model": "glow", "steps": 3000, "batch": 64, "lr": 1e-3, "depth": 4, "bins": 8, "samples": 500,
-                "faces": {"size": 32, "scales": 3, "bits": 5, "batch": 32}, "decay": 0.995})
+                "faces": {"size": 32, "scales": 3, "bits": 5, "batch": 32}, "decay": 0.995,
+                **{name: {"matching": {"steps": 8000, "batch": 512, "lr": 4e-3}} for name in data.DENSITIES}})
     with run.Run(args) as job:
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
-        levels = None if density else truth.levels
-        model = build(vars(args), truth.shape, levels).to(job.device)
+        model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
         batches = truth.batches(args.batch, job.device)
-        if args.reflow:
+        if args.reflow and not args.ckpt:
             if args.model != "matching":
                 raise ValueError("--reflow straightens the ways of --model matching")
             checkpoint = run.read_checkpoint(args.reflow, "flows")
@@ -579,17 +572,15 @@ def main():
             optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
             start = job.keep(model=model, average=average, optimizer=optimizer)
             rows = train(model, average, optimizer, batches, args.steps, args.lr, start, args.decay, job.share)
-            floors = {"loss": truth.entropy} if density and args.model != "matching" else None
-            for _ in job.track(rows, floors=floors):
+            for _ in job.track(rows, {"loss": truth.entropy} if density and args.model != "matching" else None):
                 pass
 
         began, rows = time.perf_counter(), 2000 if density else 100
         samples = torch.cat([average.sample(min(rows, args.samples - i), args.temperature).cpu()
                              for i in range(0, args.samples, rows)])
         seconds = time.perf_counter() - began
-        with torch.no_grad():
-            z = torch.randn(2000, average.dims, device=job.device)
-            frames = {label: x.cpu() for label, x in average.states(z)} if density else None
+        z = torch.randn(2000, average.dims, device=job.device)
+        frames = {label: x.detach().cpu() for label, x in average.states(z)} if density else None
         results, samples = job.judge(samples, truth)
         x = truth.sample(1000 if density else 200).to(job.device)
         if density:
@@ -597,8 +588,7 @@ def main():
             results["kl"] = metrics.metric(kl, 0, "nats")
             results["nll"] = metrics.nll(average.log_prob, truth, device=job.device)
         else:
-            with torch.no_grad():
-                bits = torch.cat([average.bits(part) for part in x.split(50)])
+            bits = torch.cat([average.bits(part) for part in x.split(50)]).detach()
             results["bits_per_dim"] = metrics.metric(bits.mean(), math.log2(average.n), "bits (bound)")
             x = average.dequantize(x[:64], torch.rand_like(x[:64]))
             results |= edits.report(average, truth, job.folder, args.task)

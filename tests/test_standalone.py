@@ -71,7 +71,21 @@ for name in m.MODELS:
     *_, x = average.sample(5, 4)
     assert len(rows) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+FLOWS = """
+import copy, torch
+import flows as m
+for name in {names}:
+    model = m.MODELS[name]({shape}, {levels}, width=8, waves=2)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = iter([torch.rand(8, *model.shape)] * 3)
+    losses = [row["loss"].item() for row in m.train(model, average, optimizer, batches, 3, 1e-3)]
+    x = average.sample(5)
+    assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
 USES = {
+    "flows": [FLOWS.format(names="m.MODELS", shape=(2,), levels=None),
+              FLOWS.format(names=["realnvp", "glow"], shape=(1, 8, 8), levels=256).replace("width=8, waves=2", "width=8")],
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
     "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
     "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
