@@ -316,8 +316,6 @@ class Flow(nn.Module):
         """Points: nats; images: bits/dim of one dequantised copy, a bound on that of the integers."""
         return {"loss": self.bits(x).mean() if self.images else -self.log_prob(x).mean()}
 
-    # -- images in [-1, 1], as the data gives them, and y
-
     def bits(self, x: Tensor) -> Tensor:
         return bits_per_dim(self.log_prob(self.dequantize(x, torch.rand_like(x))), self.dims, self.n)
 
@@ -574,7 +572,6 @@ def main():
             rows = train(model, average, optimizer, batches, args.steps, args.lr, start, args.decay, job.share)
             for _ in job.track(rows, {"loss": truth.entropy} if density and args.model != "matching" else None):
                 pass
-
         began, rows = time.perf_counter(), 2000 if density else 100
         samples = torch.cat([average.sample(min(rows, args.samples - i), args.temperature).cpu()
                              for i in range(0, args.samples, rows)])

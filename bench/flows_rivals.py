@@ -3,10 +3,10 @@
     bash bench/rivals.sh flows_rivals       a throw-away environment with the rivals, then this file
 
 Steps: training steps a second of spline flows of the same sizes (3 transforms of 32 bins on [-5, 5], a hidden layer of
-64, batch 512, Adam), forward, backward and update; turns alternate, medians. Ours has sines beside the coordinate and an
-average of the weights; the rivals what their constructors give. Quality: each trains for --seconds with a cosine to
-zero over the steps that it can make in that time, measured first; then the exact KL by quadrature (splines), or klh of
-10,000 samples by Heun's method in 50 steps (matching), where each gets the network of ours.
+64, Adam), forward, backward and update; turns alternate, medians. Ours has sines beside the coordinate and an average
+of the weights; the rivals what their constructors give. Quality: each trains for --seconds with a cosine to zero over
+the steps that it can make in that time, measured first; then the exact KL by quadrature (splines), or klh of 10,000
+samples by Heun's method in 50 steps (matching), where each gets the network of ours.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 import time
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import data  # noqa: E402
@@ -172,7 +171,8 @@ def main():
                     rates[name].append(rate(generator))
             for name, values in rates.items():
                 ratio = statistics.median(a / b for a, b in zip(rates["Ours"], values))
-                print(f"batch {batch}: {name:14} {statistics.median(values):7.1f} steps/s; ours is {ratio:.2f}x", flush=True)
+                median = statistics.median(values)
+                print(f"batch {batch}: {name:14} {median:7.1f} steps/s; ours is {ratio:.2f}x", flush=True)
     for kind, makers in (("spline", (Ours, Zuko, NFlows)), ("matching", (OursMatching, TorchCFM, FlowMatching))):
         if args.only not in ("", kind):
             continue
