@@ -24,6 +24,7 @@ References
 
 import functools
 import hashlib
+import importlib
 import itertools
 import math
 import pathlib
@@ -491,6 +492,7 @@ PUBLISHED = {                                                           # set: r
     "cifar10": (_cifar10, [f"cifar-10-batches-bin/{part}_batch*.bin" for part in ("data", "test")], 256, CIFAR_NAMES),
 }
 DIGITS = {"persian": shapes.PERSIAN_DIGITS, "latin": shapes.LATIN_DIGITS}   # drawn
+CLOUDS = "shapes3d", "modelnet"                                         # point clouds: clouds.py, not in NAMES
 NAMES = *DENSITIES, *DIGITS, "dsprites", "faces", *PUBLISHED, *shapes.FOLDERS
 
 
@@ -507,6 +509,8 @@ def load(name: str, data_dir=None, *, size: int | None = None, grey=False, seed=
         raise ValueError(f"size {size} is impossible for {name}: it is the side of images in pixels, at least 1")
     if name in DENSITIES:
         return DENSITIES[name]()
+    if name in CLOUDS:
+        return importlib.import_module("clouds").load(name, data_dir, seed)
     if name.startswith("folder:") and len(name) > 7:
         path = pathlib.Path(name[7:]).expanduser()
         return Images(name, *_held_out(formats.read_images(path, size or 64, grey, skip_bad), None, seed, 5))

@@ -6,6 +6,7 @@
     read_mat_cells(path)              MATLAB 5 arrays and cells of arrays -> {name: array or list of arrays}
     read_npz(path, name, bits)        one array of an .npz, or its bits -> array, or packed bits and their shape
     read_images(folder, size, grey)   png and jpg, a folder or a .zip   -> (N, C, size, size) uint8
+    read_mesh(path)                   OFF or PLY, polygons cut up   -> vertices (V, 3) float64, triangles (F, 3) int64
     read_attributes(path)             CelebA's list of attributes       -> {file name: bool row}, names
 
 Each reader stands alone and checks what it reads: a missing file gives FileNotFoundError, one that is empty, cut off or
@@ -16,6 +17,7 @@ Sources
   .cdb    Khosravi, Kabir, Pattern Recognition Letters 28(10), 2007 (the set); layout as in HodaDatasetReader
   CIFAR   Krizhevsky, "Learning multiple layers of features from tiny images", 2009, binary version
   MAT     MathWorks, "MAT-file format", chapter 1 (level 5)
+  OFF     Princeton Shape Benchmark, "Object file format"      PLY  Turk, "The PLY polygon file format", 1994
   npy     NumPy, "NEP 1: a simple file format for NumPy arrays"; an .npz is a .zip of them
 """
 
@@ -230,6 +232,96 @@ def _exactly(file, size):
     if size:
         raise EOFError(f"{size} bytes are missing")
     return b"".join(parts)
+
+
+# ---- meshes
+
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+             "float32": "f4", "float64": "f8"}
+
+
+def read_mesh(path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) float64 and triangles (F, 3) int64 of an .off or .ply file; polygons are cut into fans.
+
+    The counts may stand on the first line of an OFF file, with or without a blank (`OFF12 34 0`, the known fault of
+    ModelNet40). A mesh without vertices or faces, or with an index or a number that cannot be, is a ValueError.
+    """
+    path = pathlib.Path(path)
+    raw, name = _read(path), path.name.lower().removesuffix(".gz")
+    try:
+        vertices, faces = (_ply if name.endswith(".ply") else _off)(raw)
+    except (ValueError, IndexError, KeyError, struct.error, OverflowError, UnicodeDecodeError) as e:
+        raise _wrong(path, "a whole mesh (OFF or PLY)", f"{type(e).__name__}: {e}") from None
+    triangles = [face[[0, k, k + 1]] for face in faces if len(face) > 3 for k in range(1, len(face) - 1)]
+    triangles = np.array([face for face in faces if len(face) == 3] + triangles, np.int64).reshape(-1, 3)
+    if not len(vertices) or not len(triangles):
+        raise _wrong(path, "vertices and faces", f"{len(vertices)} vertices, {len(triangles)} triangles")
+    if not np.isfinite(vertices).all() or triangles.min() < 0 or triangles.max() >= len(vertices):
+        raise _wrong(path, f"finite numbers, and faces of the vertices 0 to {len(vertices) - 1}",
+                     f"indices {triangles.min()} to {triangles.max()}, all finite: {np.isfinite(vertices).all()}")
+    return vertices, triangles
+
+
+def _off(raw):
+    lines = [line for line in (line.split("#")[0].strip() for line in raw.decode("latin1").splitlines()) if line]
+    if not lines or not lines[0].startswith("OFF"):
+        raise ValueError(f"{lines[0][:20]!r} in the place of OFF" if lines else "no line")
+    lines = [lines[0][3:].strip(), *lines[1:]] if lines[0] != "OFF" else lines[1:]
+    V, F = (int(word) for word in lines[0].split()[:2])
+    if V < 0 or F < 0 or len(lines) < 1 + V + F:
+        raise ValueError(f"{len(lines) - 1} lines for {V} vertices and {F} faces")
+    vertices = np.array([line.split()[:3] for line in lines[1:1 + V]], np.float64).reshape(V, 3)
+    faces = [_face([int(float(word)) for word in line.split()]) for line in lines[1 + V:1 + V + F]]
+    return vertices, faces
+
+
+def _face(words):
+    """The indices behind their number; colours may follow."""
+    if not words or len(words) <= words[0]:
+        raise ValueError(f"a face of {words[:1]} corners with {max(0, len(words) - 1)} numbers")
+    return np.array(words[1:1 + words[0]], np.int64)
+
+
+def _ply(raw):
+    head, mark, body = raw.partition(b"end_header")
+    lines = [line.split() for line in head.decode("ascii").splitlines() if line.strip()]
+    if not mark or lines[0] != ["ply"]:
+        raise ValueError("no line ply and no end_header")
+    body = body[body.index(b"\n") + 1:]
+    form, elements = next(line[1] for line in lines if line[0] == "format"), []
+    for line in lines:
+        if line[0] == "element":
+            elements.append((line[1], int(line[2]), []))
+        elif line[0] == "property":
+            elements[-1][2].append((line[-1], line[1:-1]))
+    found, at, words = {}, 0, iter(body.split() if form == "ascii" else ())
+    order = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}[form]
+    for name, count, properties in elements:
+        kinds = [[np.dtype(order + PLY_TYPES[t]) for t in kind if t != "list"] for _, kind in properties]
+        if count < 0 or count > len(raw):
+            raise ValueError(f"{count} of {name}")
+        if form != "ascii" and all(len(kind) == 1 for kind in kinds):
+            rows = np.frombuffer(body, [(key, kind[0]) for (key, _), kind in zip(properties, kinds)], count, at)
+            at += rows.nbytes
+            found[name] = {key: rows[key].astype(np.float64) for key, _ in properties}
+            continue
+        found[name] = {key: [] for key, _ in properties}
+        for _ in range(count):
+            for (key, _), kind in zip(properties, kinds):
+                values = []
+                for dtype, many in zip(kind, (1, None)):                # a list: its length, then its members
+                    many = many or int(values[0])
+                    if form == "ascii":
+                        values = [float(word) for _, word in zip(range(many), words)]
+                    else:
+                        values, at = np.frombuffer(body, dtype, many, at), at + many * dtype.itemsize
+                    if len(values) != many:
+                        raise ValueError(f"the end of the file in {name}")
+                found[name][key].append(values[0] if len(kind) == 1 else np.array(values, np.int64))
+    vertices = np.stack([np.asarray(found["vertex"][axis], np.float64) for axis in "xyz"], 1)
+    faces = next((v for key, v in found.get("face", {}).items() if key in ("vertex_indices", "vertex_index")), [])
+    return vertices, faces
 
 
 # ---- a folder of pictures

@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import attention, diffusion, langevin, quantize, scan, spline  # noqa: E402
+from . import attention, chamfer, diffusion, langevin, quantize, scan, spline  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -41,7 +41,7 @@ COLUMNS = ("registers", "stack", "spilled", "in_loop", "shared", "tensor", "loop
 SLACK = dict(registers=8, stack=64, spilled=128, in_loop=16, shared=2048, tensor=0)     # over the measured number
 TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="*i64", y_ptr="*i64") | dict.fromkeys(
     ("P", "Q", "A", "B", "C", "base", "bound", "clip", "slack", "tiny", "scale"), "fp32") | dict(
-    length_ptr="*i32") | dict.fromkeys(
+    length_ptr="*i32", n_ptr="*i32", m_ptr="*i32") | dict.fromkeys(
     [f"{name}_ptr" for name in ("q", "k", "v", "o", "do", "dq", "dk", "dv")], "*bf16")
 ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
 NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128", "langevin 128 logits")        # these have budgets alone
@@ -78,6 +78,9 @@ def configurations():
             config = quantize.nearest_config(D, 9 if target in AMD else int(target[3:]) // 10, target in AMD)
             options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
             table[f"nearest D{D}", target] = quantize.nearest_kernel, dict(D=D, stride_d=1, **config), options
+        options = chamfer.nearest_point_config(target in AMD)
+        constants = {key: options.pop(key) for key in ("BN", "BM")}
+        table["nearest point", target] = chamfer.nearest_point_kernel, dict(D=3, **constants), options
         for D in (32, 64, 128):
             for which in ("forward", "keys", "queries"):
                 config = attention.attention_config(which, D, 2, target in AMD)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARED = {"baselines", "data", "edits", "formats", "judges", "latents", "metrics", "run", "shapes"}
+SHARED = {"baselines", "clouds", "data", "edits", "formats", "judges", "latents", "metrics", "run", "shapes"}
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")} - SHARED
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 

@@ -124,5 +124,5 @@ def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours
 
 
 def test_every_script_is_tried_here():
-    shared = {"baselines", "data", "edits", "formats", "shapes", "metrics", "judges", "latents", "run"}
+    shared = {"baselines", "clouds", "data", "edits", "formats", "shapes", "metrics", "judges", "latents", "run"}
     assert {p.stem for p in ROOT.glob("*.py")} - shared == set(USES)
