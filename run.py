@@ -62,8 +62,8 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     `training` and `sampling` map a name to (default, help) or (default, help, choices); a checkpoint remembers the
     first, and --resume insists on them. `images` holds other defaults for sets of images, under the name of a model
     what that one wants there, and under the name of any set what is wanted for it; `reads` names the sibling scripts
-    whose checkpoints --ckpt takes as well, `alias` a second flag of an option, `others` more names of data sets. A count is 1 or more, unless its help
-    says what "0:" means."""
+    whose checkpoints --ckpt takes as well, `alias` a second flag of an option, `others` more names of
+    data sets. A count is 1 or more, unless its help says what "0:" means."""
     import data
 
     training, sampling, images = training or {}, sampling or {}, images or {}

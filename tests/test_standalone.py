@@ -83,7 +83,18 @@ for name in {names}:
     x = average.sample(5)
     assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
 """
+POINTFLOWS = """
+import copy, torch
+import pointflows as m
+model = m.PointFlow(channels=3, width=8, depth=1, k=4, noise=3)
+average = copy.deepcopy(model).requires_grad_(False)
+batches = iter([(torch.rand(2, 16, 3), torch.rand(2, 16, 3))] * 3)
+rows = list(m.train(model, average, torch.optim.Adam(model.parameters(), 1e-3), batches, 3, 1e-3))
+x = average.denoise(torch.rand(5, 16, 3))
+assert len(rows) == 3 and x.shape == (5, 16, 3) and x.isfinite().all()
+"""
 USES = {
+    "pointflows": [POINTFLOWS],
     "flows": [FLOWS.format(names="m.MODELS", shape=(2,), levels=None),
               FLOWS.format(names=["realnvp", "glow"], shape=(1, 8, 8), levels=256).replace("width=8, waves=2", "width=8")],
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
