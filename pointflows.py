@@ -10,7 +10,7 @@ a(x) adds no density of its own, as in [2] (in [1] it is drawn, and the bound on
 
 References
   [1] Mao et al., PD-Flow: A Point Cloud Denoising Framework with Normalizing Flows, arXiv 2203.05940
-  [2] Mao, Yan, He, Denoising Point Clouds in Latent Space via Graph Convolution and Invertible Neural Network, CVPR 2024
+  [2] Mao, Yan, He, Denoising Point Clouds in Latent Space via Graph Convolution and INN, CVPR 2024
   [3] Wang et al., Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829 (edge convolution)
   [4] Kingma, Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv 1807.03039
 
