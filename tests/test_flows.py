@@ -99,6 +99,7 @@ def test_a_spline_has_finite_gradients_everywhere(inverse):             # the cl
     x = torch.tensor([-1e6, -5.0, -4.999999, 0.0, 5.0, 5.000001, 1e6], requires_grad=True)
     th = theta(7, 4, 0, 20.0).requires_grad_()
     y, l = flows.rational_quadratic_plain(x, th, 5.0, inverse)
+    close(y[[0, 5, 6]], x[[0, 5, 6]])
     assert all(g.isfinite().all() for g in torch.autograd.grad((y + l).sum(), (x, th)))
 
 
