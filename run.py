@@ -56,18 +56,18 @@ class Parser(argparse.ArgumentParser):
 
 def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", steps: int, batch: int, lr: float,
           training: dict | None = None, sampling: dict | None = None, images: dict | None = None, reads=(),
-          alias: dict | None = None, argv=None):
+          alias: dict | None = None, others=(), argv=None):
     """Namespace of the options that every script has and its own.
 
     `training` and `sampling` map a name to (default, help) or (default, help, choices); a checkpoint remembers the
     first, and --resume insists on them. `images` holds other defaults for sets of images, under the name of a model
     what that one wants there, and under the name of any set what is wanted for it; `reads` names the sibling scripts
-    whose checkpoints --ckpt takes as well, `alias` a second flag of an option. A count is 1 or more, unless its help
-    says what "0:" means."""
+    whose checkpoints --ckpt takes as well, `alias` a second flag of an option, `others` more names of
+    data sets. A count is 1 or more, unless its help says what "0:" means."""
     import data
 
     training, sampling, images = training or {}, sampling or {}, images or {}
-    names = [*data.NAMES, "folder:PATH"]
+    names = [*data.NAMES, *others, "folder:PATH"]
     script = pathlib.Path(sys.argv[0]).stem if argv is None else "test"
     common = {
         "model": (model or next(iter(models)), "member of the family", list(models)),
@@ -115,7 +115,7 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
                 setattr(args, name, there)
     if args.dataset is None:
         args.dataset = dataset
-    if args.dataset not in data.NAMES and not args.dataset.startswith("folder:"):
+    if args.dataset not in (*data.NAMES, *others) and not args.dataset.startswith("folder:"):
         parser.error(f"unknown dataset {args.dataset!r}; the names are {', '.join(names)}")
     preset = ({} if args.dataset in data.DENSITIES else images) | images.get(args.dataset, {})
     preset = preset | preset.get(args.model or preset.get("model", common["model"][0]), {})

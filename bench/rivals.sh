@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals] [options]
+# Rivals in a throw-away environment, ours and theirs in one run: bash bench/rivals.sh [quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals | flows_rivals] [options]
 # torch is the project's own pin and comes first; each rival is then installed without its dependencies, so that it stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=rivals
-case "${1:-}" in quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals) what=$1; shift ;; esac
+case "${1:-}" in quantize | vae_rivals | ebm_loops | igpt_rivals | pgm_rivals | flows_rivals) what=$1; shift ;; esac
 where=$(mktemp -d)
 trap 'rm -rf "$where"' EXIT
 "${PYTHON:-python3}" -m venv "$where/venv"
@@ -24,6 +24,8 @@ elif [ $what = pgm_rivals ]; then
     $pip --no-deps pgmpy==1.1.2 pyAgrum==3.3.1 scikit-base packaging statsmodels patsy pyparsing
 elif [ $what = igpt_rivals ]; then
     $pip torch==2.13.0 transformers==5.23.0 x-transformers==2.31.10
+elif [ $what = flows_rivals ]; then
+    $pip --no-deps zuko==1.6.0 nflows==0.14 torchcfm==1.0.7 flow_matching==1.0.10 torchdiffeq torchdyn POT scipy matplotlib
 else
     $pip --no-deps diffusers==0.42.1 azula==0.11.1
     # what importing diffusers' schedulers needs

@@ -35,6 +35,8 @@ _HOME = {
     "selective_scan_reference": "scan",
     "wavefront_sample": "wavefront",
     "wavefront_sample_reference": "wavefront",
+    "rational_quadratic": "spline",
+    "rational_quadratic_reference": "spline",
     "residual_mlp": "mlp",
     "residual_mlp_reference": "mlp",
     "philox": "rng",

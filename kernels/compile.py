@@ -22,7 +22,7 @@ import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)                                # before Triton is imported
 
-from . import attention, chamfer, diffusion, langevin, quantize, scan, wavefront  # noqa: E402
+from . import attention, chamfer, diffusion, langevin, quantize, scan, spline, wavefront  # noqa: E402
 from ._runtime import triton  # noqa: E402
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.json")
@@ -46,6 +46,7 @@ TYPES = dict.fromkeys(("w_hidden_ptr", "w_out_ptr"), "*fp16") | dict(index_ptr="
 ALIGNED = {"stride_n", *(f"{name}_{axis}" for name in "qkv" for axis in "bht")}             # multiples of 16
 NO_SPILL_IN_LOOP, SOME_SPILL = ("sm_90",), ("langevin 128", "langevin 128 logits")        # these have budgets alone
 IMAGES = diffusion.step_kernel, langevin.update_kernel
+LOOPLESS = "step", "centre", "update", "merge D64", "spline"
 
 
 def generation(target):
@@ -108,6 +109,12 @@ def configurations():
         table["scan back", target] = scan.scan_back_kernel, constants, options
         waves("wavefront table", target, 1, 0)
         waves("wavefront mlp-2", target, 64, 2)
+        for K in (8, 32):
+            options = spline.spline_config(K) | dict(K=K, UNIT=spline.UNIT, FLOOR=spline.LEAST)
+            warps = dict(num_warps=options.pop("num_warps"))
+            for which in ("", " inverse", " back"):
+                constants = options | dict(BACK=which == " back", INVERSE=which == " inverse")
+                table[f"spline K{K}{which}", target] = spline.spline_kernel, constants, warps
         table["centre", target] = quantize.centre_kernel, dict(D=64, BK=32, BD=64), dict(num_warps=4)
     for target in ("sm_90", "gfx942"):
         chain("chain 128 D16", target, 128, 16, True)
@@ -218,7 +225,7 @@ def faults(name, target, n, budget):
             yield f"{key} {n[key]} over the hardware's {limits.get(key, 0)}"
     if n["instructions"] < 100:
         yield f"{n['instructions']} instructions: an empty program"
-    if name not in ("step", "centre", "update", "merge D64") and target not in AMD and not n["loop"]:
+    if not name.startswith(LOOPLESS) and target not in AMD and not n["loop"]:
         yield "no loop found in the machine code"
     if target in NO_SPILL_IN_LOOP and name not in SOME_SPILL and n["in_loop"]:
         yield f"{n['in_loop']} spills in the loop"

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARED = {"baselines", "clouds", "data", "draw_graphs", "formats", "graphs", "judges", "latents", "metrics", "networks", "problems",
-          "run", "shapes"}
+SHARED = {"baselines", "clouds", "data", "draw_graphs", "edits", "formats", "graphs", "judges", "latents", "metrics", "networks",
+          "problems", "run", "shapes"}
 SCRIPTS = {p.stem for p in ROOT.glob("*.py")} - SHARED
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 

@@ -93,9 +93,34 @@ learnt, history = m.em(net, {"b": data["b"]}, rounds=3)
 found, _ = m.JunctionTree(learnt).marginals({"b": 1})
 assert 2 <= len(history) <= 4 and np.allclose(found["a"], m.eliminate(learnt, "a", {"b": 1})[0].table)
 """
+FLOWS = """
+import copy, torch
+import flows as m
+for name in {names}:
+    model = m.MODELS[name]({shape}, {levels}, width=8, waves=2)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    batches = iter([torch.rand(8, *model.shape)] * 3)
+    losses = [row["loss"].item() for row in m.train(model, average, optimizer, batches, 3, 1e-3)]
+    x = average.sample(5)
+    assert len(losses) == 3 and x.shape == (5, *model.shape) and x.isfinite().all()
+"""
+POINTFLOWS = """
+import copy, torch
+import pointflows as m
+model = m.PointFlow(channels=3, width=8, depth=1, k=4, noise=3)
+average = copy.deepcopy(model).requires_grad_(False)
+batches = iter([(torch.rand(2, 16, 3), torch.rand(2, 16, 3))] * 3)
+rows = list(m.train(model, average, torch.optim.Adam(model.parameters(), 1e-3), batches, 3, 1e-3))
+x = average.denoise(torch.rand(5, 16, 3))
+assert len(rows) == 3 and x.shape == (5, 16, 3) and x.isfinite().all()
+"""
 USES = {
     "pgm": [PGM],
     "pixels": [PIXELS],
+    "pointflows": [POINTFLOWS],
+    "flows": [FLOWS.format(names="m.MODELS", shape=(2,), levels=None),
+              FLOWS.format(names=["realnvp", "glow"], shape=(1, 8, 8), levels=256).replace("width=8, waves=2", "width=8")],
     "igpt": [IGPT.format(language="Patches((1, 4, 4))"), IGPT.format(language="Cells((2,), 9)")],
     "ebm": [EBM.format(shape=(2,)), EBM.format(shape=(1, 9, 9))],
     "gan": [GAN.format(names=["gan", "wgan", "wgan-gp", "bigan", "cgan"], shape=(2,), network="mlp"),
@@ -136,4 +161,5 @@ def test_a_foreign_package_called_kernels_is_left_alone_and_a_broken_one_of_ours
 def test_every_script_is_tried_here():
     shared = {"baselines", "clouds", "data", "formats", "shapes", "metrics", "judges", "latents", "run"}
     shared = {"baselines", "data", "draw_graphs", "formats", "graphs", "judges", "latents", "metrics", "networks", "problems", "run", "shapes"}
+    shared = {"baselines", "clouds", "data", "edits", "formats", "shapes", "metrics", "judges", "latents", "run"}
     assert {p.stem for p in ROOT.glob("*.py")} - shared == set(USES)

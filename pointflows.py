@@ -1,0 +1,300 @@
+"""Point clouds denoised by a normalising flow: noise is some channels of a latent, which are set to zero.
+
+    y = [x, a(x)],  z = f(y; G),  z = [z_c, z_n]:    denoise(x) = xyz of f^-1([z_c, 0]; G)               [1], [2]
+
+Each point carries three coordinates and A channels of its neighbourhood; f is a flow over these channels, the same for
+all points, its couplings fed by the neighbours of a point in a graph G that the noisy cloud fixes. A coupling sees the
+kept half of *all* points and changes the other half of each, so the Jacobian of the whole cloud is triangular in blocks
+and log|det df/dy| is a sum over points, exact for given G and condition. It is the density of y given them, not of x:
+a(x) adds no density of its own, as in [2] (in [1] it is drawn, and the bound on log p(x) holds).
+
+References
+  [1] Mao et al., PD-Flow: A Point Cloud Denoising Framework with Normalizing Flows, arXiv 2203.05940
+  [2] Mao, Yan, He, Denoising Point Clouds in Latent Space via Graph Convolution and INN, CVPR 2024
+  [3] Wang et al., Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829 (edge convolution)
+  [4] Kingma, Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv 1807.03039
+
+Glossary
+  paper   code           shape              meaning
+  x       noisy          (B, N, 3)          in the box [-1, 1]^3
+  y, z    y, z           (B, 3 + A, N)      channels first, as an image of N places
+  G       graph          (B, N, k)          indices of the nearest others of each point in the noisy cloud
+  z_n     noise          the last channels  of z, given to noise
+  h       condition      (B, W, N)          features of neighbourhoods, from the noisy cloud alone
+
+Use
+  python pointflows.py                              shapes3d; Chamfer and the distance to the exact surface
+  python pointflows.py --latent left                or random, zero; --zeroed 3: fewer channels
+
+Not included: patches, farthest points, the Earth mover's distance, densities of clouds without a condition.
+"""
+
+import copy
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- maths
+
+
+def standard_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I) of each row, (B,)."""
+    z = z.flatten(1)
+    return -z.square().sum(1) / 2 - z.shape[1] / 2 * math.log(2 * math.pi)
+
+
+def affine(x: Tensor, theta: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """x e^s + t and s, for theta (..., 2) = (raw s, t): s = 2 tanh(raw / 2) bounds each scale to e^2. Inverse: -s."""
+    s, t = 2 * torch.tanh(theta[..., 0] / 2), theta[..., 1]
+    return ((x - t) * (-s).exp(), -s) if inverse else (x * s.exp() + t, s)
+
+
+def neighbours(x: Tensor, k: int) -> Tensor:
+    """(B, N, k): the nearest other points of each point of x (B, N, 3), itself left out."""
+    if not 1 <= k < x.shape[1]:
+        raise ValueError(f"{k} neighbours of each point want {k + 1} points or more; got {x.shape[1]}")
+    d = torch.cdist(x, x)
+    d = d.masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), math.inf)
+    return d.topk(k, largest=False).indices
+
+
+def gathered(h: Tensor, graph: Tensor) -> Tensor:
+    """(B, C, N, k): the columns of h (B, C, N) that the graph names."""
+    B, N, k = graph.shape
+    return h.gather(2, graph.reshape(B, 1, N * k).expand(-1, h.shape[1], -1)).view(B, -1, N, k)
+
+
+# ---- layers and networks; h (B, C, N)
+
+
+def spread(per_channel: Tensor, x: Tensor) -> Tensor:
+    return per_channel.view(-1, *[1] * (x.ndim - 2))
+
+
+def times_places(per_place: Tensor, x: Tensor) -> Tensor:
+    """A log-determinant that each of the H W places of x has, (B,)."""
+    return (per_place * math.prod(x.shape[2:])).expand(len(x))
+
+
+class ActNorm(nn.Module):
+    """(x + b) e^s a channel, mean 0 and variance 1 on the first batch; that it was seen is in the state. [3] 3.1"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.b, self.s = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor):
+        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), 1, correction=0)
+        self.b.copy_(-mean)
+        self.s.copy_(-(std + 1e-6).log())
+        self.initialized.fill_(True)
+
+    def forward(self, x):
+        if not self.initialized:
+            self.initialize(x)
+        return (x + spread(self.b, x)) * spread(self.s, x).exp(), times_places(self.s.sum(), x)
+
+    def inverse(self, y):
+        return y * spread(-self.s, y).exp() - spread(self.b, y), times_places(-self.s.sum(), y)
+
+
+class InvertibleLinear(nn.Module):
+    """W x at each place, W = P L (U + diag(sign e^s)): P fixed, L unit lower, U strictly upper triangular. [3] (10)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        P, L, U = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels))[0])
+        self.register_buffer("P", P)
+        self.register_buffer("sign", U.diagonal().sign())
+        self.L, self.U, self.s = (nn.Parameter(v.clone()) for v in (L.tril(-1), U.triu(1), U.diagonal().abs().log()))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(len(self.s), dtype=self.s.dtype, device=self.s.device)
+        return self.L.tril(-1) + eye, self.U.triu(1) + torch.diag(self.sign * self.s.exp())
+
+    def forward(self, x):
+        L, U = self.factors()
+        y = torch.einsum("ij,bj...->bi...", self.P @ L @ U, x)
+        return y, times_places(self.s.sum(), x)
+
+    def inverse(self, y):
+        L, U = self.factors()
+        columns = self.P.T @ y.transpose(0, 1).flatten(1)               # (C, B H W)
+        columns = torch.linalg.solve_triangular(L, columns, upper=False, unitriangular=True)
+        columns = torch.linalg.solve_triangular(U, columns, upper=True)
+        return columns.unflatten(1, (len(y), *y.shape[2:])).transpose(0, 1), times_places(-self.s.sum(), y)
+
+
+class Edges(nn.Module):
+    """Edge convolution: max over neighbours of a layer of (h_i, h_j - h_i). [3] (8)"""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.own, self.other = nn.Conv1d(channels, out, 1), nn.Conv1d(channels, out, 1, bias=False)
+
+    def forward(self, h: Tensor, graph: Tensor) -> Tensor:
+        far = self.other(h)                                             # linear, so it may come before the neighbours
+        return F.silu(self.own(h) - far + gathered(far, graph).amax(3))
+
+
+class GraphCoupling(nn.Module):
+    """The first channels of all points as they are; the others scaled and shifted as those of a point and of its
+    neighbours, and the condition, say."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.kept = channels - channels // 2
+        self.edges, self.mix = Edges(self.kept, width), nn.Conv1d(2 * width, width, 1)
+        self.last = nn.Conv1d(width, 2 * (channels - self.kept), 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, y, graph, condition, inverse=False):
+        a, b = y[:, : self.kept], y[:, self.kept :]
+        h = F.silu(self.mix(torch.cat([self.edges(a, graph), condition], 1)))
+        b, log_slope = affine(b, self.last(h).unflatten(1, (-1, 2)).movedim(2, -1), inverse)
+        return torch.cat([a, b], 1), log_slope.flatten(1).sum(1)
+
+    def inverse(self, y, graph, condition):
+        return self(y, graph, condition, inverse=True)
+
+
+# ---- the family: a bijection of the channels of a cloud, and what is done to its latent
+
+LATENTS = ("zero", "left", "random")
+
+
+class PointFlow(nn.Module):
+    """`forward(y, graph, condition) -> z, log_det` and its inverse; `denoise(noisy) -> clean`."""
+
+    shape = (3,)
+
+    def __init__(self, channels: int = 9, width: int = 48, depth: int = 4, k: int = 16, noise: int = 6):
+        super().__init__()
+        if not 0 < noise < 3 + channels:
+            raise ValueError(f"of {3 + channels} channels 1 to {2 + channels} can hold noise; got {noise}")
+        self.k, self.noise = k, noise
+        self.first, self.second = Edges(3, width), Edges(width, width)
+        self.augment = nn.Conv1d(width, channels, 1)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            self.layers += [ActNorm(3 + channels), InvertibleLinear(3 + channels), GraphCoupling(3 + channels, width)]
+
+    def condition(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, graph and condition of a cloud (B, N, 3); features of differences alone, whatever the place."""
+        if noisy.ndim != 3 or noisy.shape[2] != 3 or not noisy.isfinite().all():
+            raise ValueError(f"clouds (B, N, 3) of finite points are wanted; got {tuple(noisy.shape)}")
+        graph, x = neighbours(noisy, self.k), noisy.transpose(1, 2)
+        h = self.second(self.first(x, graph), graph)
+        return torch.cat([x, self.augment(h)], 1), graph, h
+
+    def forward(self, y, graph, condition):
+        log_det = y.new_zeros(len(y))
+        for layer in self.layers:
+            y, change = layer(y, graph, condition) if isinstance(layer, GraphCoupling) else layer(y)
+            log_det = log_det + change
+        return y, log_det
+
+    def inverse(self, z, graph, condition):
+        log_det = z.new_zeros(len(z))
+        for layer in reversed(self.layers):
+            z, change = layer.inverse(z, graph, condition) if isinstance(layer, GraphCoupling) else layer.inverse(z)
+            log_det = log_det + change
+        return z, log_det
+
+    def edit(self, z: Tensor, latent: str = "zero", zeroed: int | None = None) -> Tensor:
+        """z with its last `zeroed` channels (all of the noise's) zero, left as they are, or random normals."""
+        n = self.noise if zeroed is None else zeroed
+        if latent not in LATENTS or not 0 <= n < z.shape[1]:
+            raise ValueError(f"the noise of z is one of {', '.join(LATENTS)}, in 0 to {z.shape[1] - 1} channels; got "
+                             f"{latent}, {n}")
+        if latent == "left" or not n:
+            return z
+        part = z[:, -n:]
+        return torch.cat([z[:, :-n], torch.zeros_like(part) if latent == "zero" else torch.randn_like(part)], 1)
+
+    def denoise(self, noisy: Tensor, latent: str = "zero", zeroed: int | None = None) -> Tensor:
+        """(B, N, 3) -> (B, N, 3)."""
+        y, graph, h = self.condition(noisy)
+        return self.inverse(self.edit(self(y, graph, h)[0], latent, zeroed), graph, h)[0][:, :3].transpose(1, 2)
+
+    def loss(self, noisy: Tensor, clean: Tensor, weight: float = 1e-5) -> dict[str, Tensor]:
+        """Squared distance to the clean partner, and a little of the likelihood of y given G, in nats a channel."""
+        y, graph, h = self.condition(noisy)
+        z, log_det = self(y, graph, h)
+        nll = -(standard_log_prob(z) + log_det).mean() / z[0].numel()
+        x = self.inverse(self.edit(z), graph, h)[0][:, :3].transpose(1, 2)
+        error = (x - clean).square().sum(2).mean()
+        return {"loss": error + weight * nll, "error": error, "nll": nll}
+
+
+MODELS = {"points": PointFlow}
+
+
+def train(model: PointFlow, average: PointFlow, optimizer, batches, steps: int, lr: float, start: int = 0,
+          decay: float = 0.99, share: slice = slice(None)):
+    """Pairs (noisy, clean), with a warm-up, a cosine to zero and a moving average of the weights to be judged."""
+    weights, averages = list(model.parameters()), list(average.parameters())
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        noisy, clean = next(batches)
+        if not step:                                        # actnorm sees its first batch, whole
+            with torch.no_grad():
+                model.loss(noisy, clean)
+            average.load_state_dict(model.state_dict())
+        row = model.loss(noisy[share], clean[share])
+        optimizer.zero_grad()
+        row["loss"].backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
+        yield {name: value.detach() for name, value in row.items()}
+
+
+def build(config: dict) -> PointFlow:
+    names = inspect.signature(PointFlow).parameters
+    return PointFlow(**{name: config[name] for name in names if name in config})
+
+
+def main():
+    import clouds
+    import data
+    import run
+
+    args = run.parse(
+        __doc__, MODELS, dataset="shapes3d", steps=1500, batch=8, lr=3e-3, others=data.CLOUDS,
+        training={"channels": (9, "A, beside the coordinates"), "width": (48, "of the networks"),
+                  "depth": (4, "steps of flow"), "k": (16, "neighbours"), "noise": (6, "channels of z that hold noise"),
+                  "points": (256, "of a training cloud"),
+                  "pairs": ("gaussian", "noise of training", ["gaussian", "background"])},
+        sampling={"latent": ("zero", "what is done to the noise of z", list(LATENTS)),
+                  "zeroed": (0, "channels it is done to; 0: all that hold noise"),
+                  "test_points": (1024, "of a test cloud")})
+    with run.Run(args) as job:
+        if args.dataset not in data.CLOUDS:
+            raise ValueError(f"pointflows wants clouds, {' or '.join(data.CLOUDS)}; got {args.dataset}")
+        truth = data.load(args.dataset, args.data_dir)
+        model = build(vars(args)).to(job.device)
+        average = copy.deepcopy(model).requires_grad_(False)
+        if args.ckpt:
+            job.restore(average=average)
+        else:
+            optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
+            start = job.keep(model=model, average=average, optimizer=optimizer)
+            batches = truth.batches(args.batch, args.points, job.device, args.pairs)
+            for _ in job.track(train(model, average, optimizer, batches, args.steps, args.lr, start, share=job.share)):
+                pass
+        ours = lambda noisy: average.denoise(noisy, args.latent, args.zeroed or None)
+        results = clouds.report(ours, truth, job.folder, points=args.test_points, device=job.device)
+        job.report(results, parameters=sum(p.numel() for p in model.parameters()))
+
+
+if __name__ == "__main__":
+    main()
