@@ -7,7 +7,7 @@ BIN = .venv/bin
 demo: .venv/ready
 	$(BIN)/python ddpm.py --dataset gmm
 
-HALF = ddim ddpm ebm gan igpt run vae       # about half of the suite's time: two processes, a thread each
+HALF = ddim ddpm ebm flows gan igpt pixels pointflows run vae       # about half of the suite's time: two processes, a thread each
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 test: .venv/ready lint
