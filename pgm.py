@@ -554,9 +554,9 @@ def main():
     import argparse
     import sys
 
-    if "pixels" in sys.argv:                                # --model pixels has a command line of its own
+    if "--model pixels" in " ".join(sys.argv).replace("=", " "):                    # has a command line of its own
         import pixels
-        sys.argv = [a for a in sys.argv if a not in ("--model", "pixels")]
+        sys.argv = [a for a in sys.argv if a not in ("--model", "pixels", "--model=pixels")]
         return pixels.main()
 
     import draw_graphs

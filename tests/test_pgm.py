@@ -533,13 +533,14 @@ def test_bad_input_is_a_sentence(options, sentence, cli):
     assert status == 2 and sentence in error and "Traceback" not in error
 
 
-def test_pixels_are_handed_over(cli, monkeypatch):
+@pytest.mark.parametrize("asked", [["--model", "pixels"], ["--model=pixels"]])
+def test_pixels_are_handed_over(asked, cli, monkeypatch):                           # replace("=", " ")
     import sys
     import types
 
     seen = []
     monkeypatch.setitem(sys.modules, "pixels", types.SimpleNamespace(main=lambda: seen.extend(sys.argv[1:])))
-    cli(pgm, "--model", "pixels", "--dataset", "persian", "--steps", 3)
+    cli(pgm, *asked, "--dataset", "persian", "--steps", 3)
     assert seen[2:] == ["--dataset", "persian", "--steps", "3"]
 
 
