@@ -22,7 +22,7 @@ References
 
 Glossary
   paper        code             shape             meaning
-  x            tokens           (B, T)            of K kinds; inputs: the same, moved one on behind a start token
+  x            tokens           (B, T)            of K kinds; inputs (B, T, lags): those before each, or a start token
   n^l          features         (B, width)        mean over t of ln_1(h) in layer l, read by the linear probe [1]
   Q, K, V      c_attn           (B, heads, T, D)
   A            -exp(A_log)      (E, N)            decay of the N states of each of E channels
