@@ -85,7 +85,7 @@ def restrict(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
     highest whose probabilities reach top_p [5]. The most likely token always stays; temperature 0 leaves it alone."""
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature
     if 0 < top_k < logits.shape[-1]:
         highest, index = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, index, highest)
@@ -177,7 +177,9 @@ class Conv1D(nn.Module):
         self.weight, self.bias = nn.Parameter(std * torch.randn(d_in, d_out)), nn.Parameter(torch.zeros(d_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        if x.dim() > 2:
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return torch.addmm(self.bias, x, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -319,7 +321,7 @@ class GPT(nn.Module):
 
     def step(self, inputs: Tensor, memory, t: int) -> Tensor:
         """Logits (B, K) of place t from its inputs (B, lags) and the memory."""
-        x = self.embed(inputs) + self.wpe.weight[t]
+        x = self.wte(inputs + self.table).sum(1) + self.wpe.weight[t]
         for layer, kept in zip(self.h, memory):
             x = layer.step(x, kept, t)
         return F.linear(self.ln_f(x), self.lm_head.weight)
@@ -352,10 +354,10 @@ class GPT(nn.Module):
             self(self.inputs(prompt, labels), memory)
             past[:, begin.shape[1] : begin.shape[1] + s] = prompt
         before = begin.shape[1] - torch.tensor(self.lags, device=past.device)
+        noise = torch.empty(self.T, n, self.K, device=past.device).exponential_().log_()
         for t in range(s, self.T):
             logits = restrict(self.step(past.index_select(1, before + t), memory, t), **limits)
-            noise = torch.empty_like(logits).exponential_().log_()
-            torch.argmax(logits.sub(noise), 1, out=past[:, begin.shape[1] + t])
+            torch.argmax(logits.sub(noise[t]), 1, out=past[:, begin.shape[1] + t])
         return past[:, begin.shape[1] :]
 
 
@@ -506,7 +508,6 @@ class IGPT(nn.Module):
 
 def train(model: IGPT, optimizer, batches, steps: int, lr: float, start: int = 0, share: slice = slice(None)):
     """Descent on the nats a token, with a warm-up, a cosine to zero and slopes of at most 1."""
-    weights = list(model.parameters())
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -514,7 +515,7 @@ def train(model: IGPT, optimizer, batches, steps: int, lr: float, start: int = 0
         loss = model.loss(*(part[share] for part in (batch if isinstance(batch, tuple) else (batch,))))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         yield {"loss": loss.detach()}
 
@@ -558,7 +559,7 @@ def main():
                   "conditional": (False, "a start token for each class"), "size": (0, "of images; 0 keeps theirs")},
         sampling={"temperature": (1.0, "of sampling; 0: the most likely"), "top_k": (0, "likeliest tokens; 0: all"),
                   "top_p": (1.0, "least probability of those kept"), "nll_rows": (2000, "held-out examples measured"),
-                  "probe_rows": (5000, "training images of the linear probe")},
+                  "probe_rows": (5000, "training images of the linear probe; 0: no probe")},
         images={"steps": 4000, "batch": 16, "lr": 3e-3, "layers": 4, "samples": 500, "mnist": {"steps": 6000},
                 "hoda": {"steps": 6000}})
     with run.Run(args) as job:
