@@ -42,10 +42,8 @@ import numpy as np
 def topological(parents: dict) -> list:
     """The nodes, parents first; ValueError if there is a cycle or an unknown parent."""
     order, seen, waiting = [], set(), dict(parents)
-    for v, above in parents.items():
-        for p in above:
-            if p not in parents:
-                raise ValueError(f"{v} has the parent {p}, which is not a variable of the network")
+    if unknown := [(v, p) for v, above in parents.items() for p in above if p not in parents]:
+        raise ValueError("{} has the parent {}, which is not a variable of the network".format(*unknown[0]))
     while waiting:
         ready = [v for v, above in waiting.items() if seen.issuperset(above)]
         if not ready:
@@ -220,7 +218,9 @@ def impossible(evidence):
 def remove(factors, order, size: dict, over=np.sum, evidence=None) -> tuple[list, float, list]:
     """Variables taken out one after the other: (factors left, log of what they were divided by, [(v, table)] with v as
     the first axis, as it was before it went)."""
-    factors, log_scale, tables = list(factors), 0.0, []
+    largest = [f.table.max() or 1.0 for f in factors]                   # divided by: a product of many may underflow
+    factors = [Factor(f.variables, f.table / s) for f, s in zip(factors, largest)]
+    log_scale, tables = float(np.log(largest).sum()), []
     for v in order:
         touched = product([Factor((v,), np.ones(size[v])), *(f for f in factors if v in f.variables)])
         made = over(touched.table, axis=0)
@@ -378,13 +378,13 @@ def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0
     Exact on trees; elsewhere a fixed point of the Bethe free energy [3], if it is reached at all: a change above
     the tolerance says that it was not. All messages move together, new ones weigh 1 - damping."""
     factors, change = network.under(evidence), math.inf
-    constant = math.prod(float(f.table) for f in factors if not f.variables)
+    possible = all(f.table.any() for f in factors)
     names = [v for v in network.states if v not in (evidence or {})]
     into = {v: [(a, f.variables.index(v)) for a, f in enumerate(factors) if v in f.variables] for v in names}
     to_variable = {(a, k): np.full(network.size[v], 1 / network.size[v]) for v in names for a, k in into[v]}
 
     def normal(p):
-        if not (total := p.sum()) or not constant:
+        if not (total := p.sum()) or not possible:
             raise impossible(evidence)
         return p / total
 
@@ -436,7 +436,7 @@ def gibbs(network: Network, evidence=None, sweeps: int = 1000, chains: int = 100
         state = {v: start[v][chosen] for v in names}
     else:
         state = {v: rng.integers(network.size[v], size=chains) for v in names}
-    touching = {v: [f for f in factors if v in f.variables] for v in names}
+    touching = {v: [Factor(f.variables, f.table / f.table.max()) for f in factors if v in f.variables] for v in names}
     means = {v: np.zeros((chains, network.size[v])) for v in names}
     for sweep in range(burn + sweeps):
         for v in names:

@@ -372,6 +372,22 @@ def test_gibbs_estimates_within_its_error(name):  # random > cumsum with the las
         assert (abs(found[v] - exact[v]) < 5 * error[v] + 1e-9).all() and error[v].max() < 0.02
 
 
+def test_evidence_far_below_the_smallest_number_is_not_impossible():  # exp of the log weights; largest 1
+    rare = [f"y{i}" for i in range(40)]
+    cpds = {"x": ((), [0.5, 0.5])} | {y: (("x",), [[1 - 1e-10, 1e-10], [1 - 2e-10, 2e-10]]) for y in rare}
+    net = pgm.bayesian({"x": "01"} | {y: "01" for y in rare}, cpds)
+    evidence = {y: 1 for y in rare}
+    exact, log_z = pgm.JunctionTree(net).marginals(evidence)
+    assert log_z == pytest.approx(40 * math.log(1e-10) + math.log((1 + 2.0**40) / 2), rel=1e-9)
+    belief, value = pgm.eliminate(net, ("x",), evidence)
+    _, log_p = pgm.most_probable(net, evidence)
+    loopy, bethe, _ = pgm.loopy(net, evidence)
+    assert value == pytest.approx(log_z) == pytest.approx(bethe) and log_p == pytest.approx(log_z, abs=1e-9)
+    for found in (exact["x"], belief.table, loopy["x"], pgm.gibbs(net, evidence, 5, 10)[0]["x"]):
+        np.testing.assert_allclose(found, [1 / (1 + 2.0**40), 2.0**40 / (1 + 2.0**40)], atol=1e-14)
+    assert pgm.most_probable(net, evidence | {"x": 1})[1] == pytest.approx(log_p)       # all of it constants
+
+
 def test_a_variable_without_company_is_no_exception():  # weight of shape (K,)
     net = pgm.Network({"a": "01", "b": "012", "c": "01"}, [(("a",), [0.2, 0.6]), (("a", "c"), [[1, 2], [3, 4]])])
     exact, log_z = pgm.JunctionTree(net).marginals()
