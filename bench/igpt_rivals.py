@@ -6,8 +6,9 @@ Four layers, width 128, four heads, sentences of 784 tokens of 16 kinds. Samplin
 ours is `GPT.generate`, theirs `GPT2LMHeadModel.generate` with its cache and `AutoregressiveWrapper.generate` with
 cache_kv. Ours has the exact GELU, GPT-2 its tanh form, which is slow on a CPU: it runs with both. Training: batch 8,
 forward, backward and a step of fused AdamW for all, no dropout; ours with attention and with Mamba. Turns alternate, so
-that a busy machine slows all alike; medians, and the ratio of ours with attention to each. `--tokens` shortens the
-sentences for a quick look; what is not installed is named and left out.
+that a busy machine slows all alike; medians, and the ratio of ours with attention to each. Last, what a sentence of ours
+keeps in memory while it is drawn. `--tokens` shortens the sentences for a quick look; what is not installed is named
+and left out.
 """
 
 import argparse
@@ -126,6 +127,12 @@ def main():
         for name, values in rates.items():
             ratio = statistics.median(a / b for a, b in zip(rates["ours, attention"], values))
             print(f"  {name:20} {statistics.median(values):10.0f}   ours, attention, is {ratio:.2f}x")
+    print("memory of one sentence while it is drawn, bytes")
+    for mixer in igpt.MIXERS:
+        half, whole = (sum(part.nbytes for layer in Ours(T, mixer).model.memory(1) for part in layer)
+                       for T in (args.tokens // 2, args.tokens))
+        grows = (whole - half) / (args.tokens - args.tokens // 2)
+        print(f"  ours, {mixer:14} {whole:10}   {grows:.0f} more for each token")
 
 
 if __name__ == "__main__":
