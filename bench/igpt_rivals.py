@@ -7,7 +7,7 @@ ours is `GPT.generate`, theirs `GPT2LMHeadModel.generate` with its cache and `Au
 cache_kv. Ours has the exact GELU, GPT-2 its tanh form, which is slow on a CPU: it runs with both. Training: batch 8,
 forward, backward and a step of fused AdamW for all, no dropout; ours with attention and with Mamba. Turns alternate, so
 that a busy machine slows all alike; medians, and the ratio of ours with attention to each. Last, what a sentence
-of ours keeps in memory while it is drawn. `--tokens` shortens the sentences for a quick look; what is not installed is named
+keeps in memory while it is drawn. `--tokens` shortens the sentences for a quick look; what is not installed is named
 and left out.
 """
 

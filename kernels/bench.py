@@ -7,9 +7,8 @@ steps against the eager loop as one writes it, the smallest eager loop (biases f
 of that step and a CUDA graph of it, and the image update against eager and torch.compile; beside them the physical
 floor, from a copy bandwidth and an fp16 matrix rate measured on the spot. The nearest code of 65,536 vectors among
 1,024 stands beside eager cdist and argmin, the fewest eager operations, torch.compile and a CUDA graph of both. On a
-CPU: the tiled paths against eager; on both, Chamfer distances and their gradients against eager cdist. Medians of a few
-runs, and rows where the kernel loses stay in. --write puts the
-table into kernels/RESULTS.md.
+CPU: the tiled paths against eager; on both, Chamfer distances and splines, with gradients, against eager. Medians of a
+few runs, and rows where the kernel loses stay in. --write puts the table into kernels/RESULTS.md.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from . import _runtime, chamfer, diffusion, quantize
+from . import _runtime, chamfer, diffusion, quantize, spline
 
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 L = 3
@@ -263,6 +262,43 @@ def bench_chamfer(rows, note, device, bandwidth=None, sizes=((8, 1024), (32, 204
                          4 * x.nbytes / bandwidth if bandwidth else 0.0) for label, value in ms.items() if value)
 
 
+# ---- splines: eager is the definition
+
+
+def bench_spline(rows, note, device, bandwidth=None, sizes=((1024, 32), (4096, 32), (65_536, 32), (1_048_576, 8))):
+    for N, K in sizes if device == "cuda" else sizes[:2]:
+        g = torch.Generator().manual_seed(0)
+        x, theta = (2 * torch.randn(N, generator=g)).to(device), torch.randn(N, 3 * K - 1, generator=g).to(device)
+        truth = spline.rational_quadratic_reference(x[:5000].double(), theta[:5000].double(), 5.0)
+        found = spline.rational_quadratic(x[:5000], theta[:5000], 5.0)
+        error = max((a - b).abs().max().item() for a, b in zip(found, truth))
+        note(f"gate: rational_quadratic, {N:,} x {K} bins: largest error {error:.1e}")
+        if not error < 1e-3:
+            raise SystemExit("the kernel disagrees with the reference: nothing is timed")
+        cases = {"rational_quadratic": spline.rational_quadratic, "eager": spline.rational_quadratic_reference}
+        if device == "cuda":
+            cases["torch.compile of eager"] = torch.compile(spline.rational_quadratic_reference, dynamic=False)
+
+        def backward(function, x=x, theta=theta):
+            with torch.enable_grad():
+                a, b = (t.detach().requires_grad_() for t in (x, theta))
+                y, log_slope = function(a, b, 5.0)
+                return torch.autograd.grad((y + log_slope).sum(), (a, b))
+
+        ways = {"": lambda f, x=x, theta=theta: f(x, theta, 5.0), ", forward and backward": backward,
+                ", inverse": lambda f, x=x, theta=theta: f(x, theta, 5.0, True)}
+        for i, (what, of) in enumerate(ways.items()):
+            calls = {label: lambda f=f, of=of: of(f) for label, f in cases.items()}
+            if device == "cuda":
+                ms = {label: attempt(lambda f=f: event_ms(f), f"spline {N:,} x {K}, {label}", note)
+                      for label, f in calls.items()}
+            else:
+                ms = interleaved_ms(calls, 30)
+            floor = (1 + (i == 1)) * (theta.nbytes + 3 * x.nbytes) / bandwidth if bandwidth else 0.0
+            rows.extend((f"spline {N:,} x {K}{what}", label, value, value / ms["rational_quadratic"], floor)
+                        for label, value in ms.items() if value)
+
+
 # ---- the two benches
 
 
@@ -307,6 +343,7 @@ def bench_cpu(rows, note, N=10_000, S=200, repeats=3):
         note(f"width {H}: {ms['ours'] / S:.2f} ms a step; its noise is {noise:.0f}% of it")
     bench_nearest_cpu(rows, note)
     bench_chamfer(rows, note, "cpu")
+    bench_spline(rows, note, "cpu")
 
 
 def rates():
@@ -359,6 +396,7 @@ def bench_gpu(rows, note):
                 rows.append((title, label, value, value / ms["diffusion_step"], 3 * x.nbytes / bandwidth))
     bench_nearest_gpu(rows, note, bandwidth)
     bench_chamfer(rows, note, "cuda", bandwidth)
+    bench_spline(rows, note, "cuda", bandwidth)
 
 
 def main():
