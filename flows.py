@@ -32,7 +32,7 @@ Use
   python flows.py --dataset gmm                    a minute: exact KL by quadrature; --model realnvp, glow, matching
   python flows.py --model glow --dataset persian   bits/dim; --dataset faces: attributes, noise and zeros in z
 
-Not included: autoregressive and residual flows, variational dequantisation; clouds have a flow in pointflows.py.
+Not included: autoregressive and residual flows, variational dequantisation; `--model points` is pointflows.py.
 """
 
 import copy
@@ -536,7 +536,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, steps=4000, batch=1024, lr=1e-2,
+        __doc__, MODELS | {"points": "pointflows"}, steps=4000, batch=1024, lr=1e-2,
         training={"depth": (3, "steps of flow a scale"), "width": (64, "of the networks"),
                   "bins": (32, "of a spline"), "waves": (6, "frequencies of sines"), "scales": (2, "of images"),
                   "bits": (8, "of an image's levels that are kept"),

@@ -23,6 +23,7 @@ Exit status: 0 done, 2 bad input (a ValueError or OSError that this folder's own
 """
 
 import argparse
+import importlib
 import io
 import json
 import math
@@ -63,9 +64,14 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     first, and --resume insists on them. `images` holds other defaults for sets of images, under the name of a model
     what that one wants there, and under the name of any set what is wanted for it; `reads` names the sibling scripts
     whose checkpoints --ckpt takes as well, `alias` a second flag of an option, `others` more names of
-    data sets. A count is 1 or more, unless its help says what "0:" means."""
+    data sets. A member that is a string names the sibling script that has it, which then runs in this one's place. A
+    count is 1 or more, unless its help says what "0:" means."""
     import data
 
+    for name, member in models.items():
+        if isinstance(member, str) and argv is None and f"--model {name}" in " ".join(sys.argv).replace("=", " "):
+            sys.argv[0] = str(HERE / f"{member}.py")
+            sys.exit(importlib.import_module(member).main())
     training, sampling, images = training or {}, sampling or {}, images or {}
     names = [*data.NAMES, *others, "folder:PATH"]
     script = pathlib.Path(sys.argv[0]).stem if argv is None else "test"

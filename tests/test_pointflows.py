@@ -131,3 +131,11 @@ def test_a_resumed_run_is_the_unbroken_one(resumed, monkeypatch):       # averag
 def test_a_wrong_data_set_is_one_sentence(cli):                         # the check
     status, error, _ = cli(pointflows, "--dataset", "gmm")
     assert status == 2 and "clouds" in error
+
+
+@pytest.mark.parametrize("flags", [["--model", "points"], ["--model=points"]])
+def test_flows_hands_clouds_over(flags, cli, monkeypatch):              # argv[0] kept
+    import flows
+
+    status, error, _ = cli(flows, *flags, "--dataset", "gmm")
+    assert status == 2 and error.startswith("pointflows.py: pointflows wants clouds")
