@@ -215,7 +215,7 @@ def impossible(evidence):
     return ValueError(f"the evidence {what or 'given'} has probability zero")
 
 
-def remove(factors, order, size: dict, over=np.sum, evidence=None) -> tuple[list, float, list]:
+def remove(factors, order, size: dict, over, evidence) -> tuple[list, float, list]:
     """Variables taken out one after the other: (factors left, log of what they were divided by, [(v, table)] with v as
     the first axis, as it was before it went)."""
     largest = [f.table.max() or 1.0 for f in factors]                   # divided by: a product of many may underflow
@@ -257,12 +257,12 @@ def most_probable(network: Network, evidence=None) -> tuple[dict, float]:
     at, factors = network.observe(evidence), network.under(evidence)
     order = triangulate(interaction(factors, [v for v in network.states if v not in at]), network.size)[0]
     left, log_p, tables = remove(factors, order, network.size, np.max, evidence)
-    rest, best = math.prod(float(f.table) for f in left), {}
-    if not rest:
+    if not all(f.table for f in left):                                  # by now numbers, divided to be 1
         raise impossible(evidence)
+    best = {}
     for v, touched in reversed(tables):
         best[v] = int(touched.table[(slice(None), *(best[u] for u in touched.variables[1:]))].argmax())
-    return {v: network.states[v][best[v]] for v in network.states if v in best}, log_p + math.log(rest)
+    return {v: network.states[v][best[v]] for v in network.states if v in best}, log_p
 
 
 class JunctionTree:

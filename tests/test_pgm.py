@@ -71,6 +71,7 @@ def test_child_axis_is_the_last():  # table = aligned(...) of another order
     ({"a": "01", "b": "01"}, {"a": ((), [0.5, 0.5])}, "b has no conditional distribution"),
     ({"a": "01"}, {"a": ((), [0.5, 0.5]), "c": ((), [1.0])}, "c is no variable"),
     ({"a": "01"}, {"a": ((), [0.5, 0.4])}, "must sum to 1; one sums to 0.9"),
+    ({"a": "01", "b": "01"}, {"a": ((), [0.5, 0.5]), "b": (("a",), [[0.5, 0.5], [0.5, 0.3]])}, "one sums to 0.8"),
     ({"a": "01"}, {"a": ((), [1.5, -0.5])}, "negative"),
     ({"a": "01"}, {"a": ((), [0.2, 0.3, 0.5])}, r"its states ask for \(2,\)"),
     ({"a": "01"}, {"a": (("b",), [[0.5, 0.5]])}, "parent b, which is not"),
@@ -263,6 +264,12 @@ def test_triangulation_is_chordal_and_keeps_the_graph(seed):  # complete(graph, 
     assert graphs.is_chordal(filled) and all(b in filled[a] for a, b in graph.edges)
 
 
+def test_min_fill_adds_nothing_to_a_chordal_graph():  # + 1 for - 1: the bridge, of few neighbours, would go first
+    graph = networkx.barbell_graph(6, 1)
+    _, cliques = pgm.triangulate({v: set(graph[v]) for v in graph}, dict.fromkeys(graph, 2))
+    assert all(graph.has_edge(a, b) for c in cliques for a, b in itertools.combinations(c, 2))
+
+
 @pytest.mark.parametrize("path", BIF, ids=lambda p: p.name.split(".")[0])
 def test_shared_networks_answer_alike_by_two_methods(path):  # any of the above
     net = pgm.bayesian(*formats.read_bif(path))
@@ -324,7 +331,9 @@ def test_loopy_is_exact_on_trees(seed):  # (len(into[v]) - 1) without the - 1; d
     states = {f"v{i}": "abc"[: rng.integers(2, 4)] for i in range(6)}
     size = {v: len(s) for v, s in states.items()}
     cpds = {f"v{i}": ((f"v{rng.integers(i)}",) if i else (), None) for i in range(6)}
-    net = pgm.bayesian(states, {v: (p, rng.dirichlet(np.ones(size[v]), [size[u] for u in p])) for v, (p, _) in cpds.items()})
+    table = lambda v, p: rng.dirichlet(np.ones(size[v]), [size[u] for u in p])
+    certain = lambda v, t: np.eye(size[v])[t.argmax(-1)] if rng.random() < 0.3 else t               # zeros are no exception
+    net = pgm.bayesian(states, {v: (p, certain(v, table(v, p))) for v, (p, _) in cpds.items()})
     evidence = random_evidence(net, seed)
     beliefs, log_z, change = pgm.loopy(net, evidence)
     exact, value = pgm.JunctionTree(net).marginals(evidence)
