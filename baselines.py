@@ -113,18 +113,19 @@ def report(model, evaluate, truth, job, args, seconds: float) -> dict[str, dict]
 
 
 @torch.inference_mode()
-def _read(model, x, rows=100):
-    parts = [model.gpt.features(model.language.tokens(part)) for part in x.split(rows)]
-    return [torch.cat(layer).clone() for layer in zip(*parts)]
+def _read(model, x, parts, rows=100):
+    read = [model.gpt.features(model.language.tokens(part), parts) for part in x.split(rows)]
+    return [torch.cat(layer).clone() for layer in zip(*read)]
 
 
 def probe_layers(model, truth, n: int, device) -> dict[str, dict]:
-    """{probe_layer_i}: accuracy on 2,000 held-out images of a logistic regression on the features of each layer; the
-    floor is that on the pixels themselves."""
+    """{probe_layer_i}: accuracy on 2,000 held-out images of a logistic regression on the features of each layer, and
+    {probe_quarters_i} on their means over each quarter of the sentence; the floor is that on the pixels themselves."""
     draw = lambda n, split: truth.sample(n, torch.Generator().manual_seed(1), split=split, labels=True)
     (x, y), (x_2, y_2) = ((a.to(device), b.to(device)) for a, b in (draw(n, "train"), draw(2000, "test")))
     with torch.inference_mode(False), torch.enable_grad():
         right = lambda a, b: (probe(a.clone(), y, b.clone()) == y_2).double().mean()
         pixels = right(x.flatten(1), x_2.flatten(1))
-        layers = zip(_read(model, x), _read(model, x_2))
-        return {f"probe_layer_{i}": metric(right(a, b), pixels, "share", "higher") for i, (a, b) in enumerate(layers)}
+        return {f"probe_{name}_{i}": metric(right(a, b), pixels, "share", "higher")
+                for name, parts in (("layer", 1), ("quarters", 4))
+                for i, (a, b) in enumerate(zip(_read(model, x, parts), _read(model, x_2, parts)))}

@@ -334,14 +334,14 @@ class GPT(nn.Module):
         logits = self(self.inputs(tokens, labels))
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
-    def features(self, tokens: Tensor) -> list[Tensor]:
-        """(B, width) a layer: the mean over places of ln_1(h), and last of ln_f(h). [1] section 2.4"""
-        x = self.embed(self.inputs(tokens)) + self.wpe.weight
-        out = []
+    def features(self, tokens: Tensor, parts: int = 1) -> list[Tensor]:
+        """(B, parts width) a layer: means of ln_1(h), last of ln_f(h), over parts of the sentence; one in [1] 2.4."""
+        x, out = self.embed(self.inputs(tokens)) + self.wpe.weight, []
+        means = lambda h: torch.cat([part.mean(1) for part in h.tensor_split(parts, 1)], 1)
         for layer in self.h:
-            out.append(layer.ln_1(x).mean(1))
+            out.append(means(layer.ln_1(x)))
             x = layer(x)
-        return [*out, self.ln_f(x).mean(1)]
+        return [*out, means(self.ln_f(x))]
 
     @torch.inference_mode()
     def generate(self, n: int, prompt: Tensor | None = None, labels: Tensor | None = None, **limits) -> Tensor:

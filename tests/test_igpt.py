@@ -385,6 +385,39 @@ def test_features_are_those_of_each_layer():                            # after 
     x = model.gpt.embed(model.gpt.inputs(tokens)) + model.gpt.wpe.weight
     close(features[0], model.gpt.h[0].ln_1(x).mean(1))
     close(features[1], model.gpt.h[1].ln_1(model.gpt.h[0](x)).mean(1))
+    thirds = model.gpt.features(tokens, 3)
+    assert all(f.shape == (3, 24) for f in thirds)
+    close(thirds[0][:, 8:16], model.gpt.h[0].ln_1(x)[:, 2:4].mean(1))
+
+
+# ---- where training begins
+
+
+@pytest.mark.parametrize("mixer", igpt.MIXERS)
+def test_weights_start_as_the_papers_say(mixer):                        # no 1 / sqrt(2 layers); a variance for a std
+    torch.manual_seed(0)
+    model = igpt.GPT(16, 4, 128, 3, 4, mixer)
+    assert model.wte.num_embeddings == 17                               # one start token
+    close(model(model.inputs(sentences(2, 4, 16))), torch.zeros(2, 4, 16))
+    layer, residual = model.h[1], 0.02 / 6**0.5                         # GPT-2, section 2.3
+    wanted = [(model.wte.weight, 0.02), (layer.c_fc.weight, 0.02), (layer.c_proj.weight, residual)]
+    m = layer.mixer
+    if mixer == "attention":
+        wanted += [(m.c_attn.weight, 0.02), (m.c_proj.weight, residual)]
+    else:
+        wanted += [(m.in_proj.weight, 0.02), (m.out_proj.weight, residual), (m.x_proj.weight, 1 / 16),
+                   (m.dt_proj.weight, 8**-0.5), (m.conv, 0.5)]
+        dt, A, B, C = m.select(torch.zeros(2, 256))
+        assert 1e-3 < dt.min() < 2e-3 and 0.007 < dt.median() < 0.014 and 0.05 < dt.max() < 0.1
+        close(A, -torch.arange(1.0, 17).expand(256, -1))
+        assert (m.D == 1).all() and not B.any() and not C.any()
+    for weight, std in wanted:
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_without_options_nothing_is_restricted():                       # a default of 2
+    logits = torch.randn(3, 9, generator=rng(0))
+    assert torch.equal(igpt.restrict(logits), logits)
 
 
 # ---- tables
@@ -440,7 +473,8 @@ def test_main_on_images_completes_and_probes(levels, channels, cli, monkeypatch)
     folder = out / "igpt-attention-persian"
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     name = "bits_per_dim" if levels == 2 else "bits_per_token"
-    wanted = {name, f"{name}_uniform", f"{name}_independent", f"{name}_context", "probe_layer_0", "probe_layer_1"}
+    wanted = {name, f"{name}_uniform", f"{name}_independent", f"{name}_context", "probe_layer_0", "probe_layer_1",
+              "probe_quarters_1"}
     assert wanted | {"nll" if levels == 2 else "distortion"} <= metrics.keys()
     assert abs(metrics[name]["value"] - metrics[f"{name}_uniform"]["value"]) < 0.05        # two steps from uniform
     assert metrics[f"{name}_uniform"]["value"] == pytest.approx(1 if levels == 2 else 2) and (folder / "completions.png").is_file()
