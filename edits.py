@@ -14,7 +14,7 @@ Tasks
                real images
 
 References
-  [1] White, Sampling Generative Networks, arXiv 1609.04468     [2] Kingma, Dhariwal, Glow, arXiv 1807.03039, section 5
+  [1] White, Sampling Generative Networks, arXiv 1609.04468     [2] Kingma, Dhariwal, Glow, arXiv 1807.03039, section 6
 """
 
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def linear(z1: Tensor, z2: Tensor, a: float) -> Tensor:
 
 
 def spherical(z1: Tensor, z2: Tensor, a: float) -> Tensor:
-    """Along the great circle: |z| stays between |z1| and |z2|. [1]"""
+    """Along the great circle: of equal lengths |z1| and |z2|, that length is kept. [1]"""
     cosine = torch.nn.functional.cosine_similarity(z1, z2, dim=1).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = cosine.acos()[:, None]
     return (((1 - a) * angle).sin() * z1 + (a * angle).sin() * z2) / angle.sin()
@@ -95,5 +95,6 @@ def report(model, truth, folder, task: str = "all", seed: int = 0) -> dict[str, 
         grid_picture(folder / "interpolation.png", shown[:, ::2].cpu(), ["straight", "sphere"] * 3,
                      [f"{a:g}" for a in way[::2]], levels)
     if "attributes" in chosen and hasattr(truth, "train_attributes"):
-        out |= latents._attributes(SimpleNamespace(mean=model.decode), truth, folder, pick, encode, scaled)
+        with torch.enable_grad():                                       # it trains a classifier
+            out |= latents._attributes(SimpleNamespace(mean=model.decode), truth, folder, pick, encode, scaled)
     return out

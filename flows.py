@@ -23,7 +23,6 @@ References
 Glossary
   paper        code             shape              meaning
   theta        theta            (..., 3 K - 1)     widths, heights and inner slopes of a spline of K bins, unconstrained
-  log|det|     log_det          (B,)               of the direction taken
   W = PLU      InvertibleLinear (C, C)             1x1 convolution; on points a matrix
   z_i          parts of z       (B, D)             one Gaussian vector: the coarsest scale first
   v            velocity         as x               at time t: 0 noise, 1 data
@@ -113,7 +112,15 @@ def heun(f, x: Tensor, t: float, h: float) -> Tensor:
     return x + h / 2 * (k + f(x + h * k, t + h))
 
 
-SOLVERS = {"heun": heun, "euler": euler}
+def rk4(f, x: Tensor, t: float, h: float) -> Tensor:
+    """Runge and Kutta's: fourth order."""
+    a = f(x, t)
+    b = f(x + h / 2 * a, t + h / 2)
+    c = f(x + h / 2 * b, t + h / 2)
+    return x + h / 6 * (a + 2 * b + 2 * c + f(x + h * c, t + h))
+
+
+SOLVERS = {"heun": heun, "euler": euler, "rk4": rk4}
 
 
 def ode(f, x: Tensor, start: float, stop: float, steps: int, step=heun):
@@ -125,21 +132,14 @@ def ode(f, x: Tensor, start: float, stop: float, steps: int, step=heun):
         yield x
 
 
-def divergence(f, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) (B, D) and tr df/dx (B,), exactly: D gradients."""
+def divergence(f, x: Tensor, e: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """f(x) (B, D) and tr df/dx (B,): exactly, by D gradients, or from e (B, D) as e . (df/dx) e, whose mean is the
+    trace for any e of mean 0 and covariance I (Hutchinson)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = f(x)
-        rows = [torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1])]
-    return v.detach(), sum(rows)
-
-
-def hutchinson(f, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) and e . (df/dx) e, whose mean is the trace for any e of mean 0 and covariance I."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        v = f(x)
-        return v.detach(), (torch.autograd.grad(v, x, e)[0] * e).flatten(1).sum(1)
+        units = torch.eye(x.shape[1]).to(x)[:, None].expand(-1, len(x), -1) if e is None else [e]
+        return v.detach(), sum((torch.autograd.grad(v, x, u, retain_graph=True)[0] * u).sum(1) for u in units)
 
 
 def straight(z: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class PointNet(nn.Module):
 
 
 class ConvNet(nn.Sequential):
-    """Images (B, C, H, W) -> (B, out, H, W), zero at first. [3] 4"""
+    """Images (B, C, H, W) -> (B, out, H, W), zero at first. [3] 3.3"""
 
     def __init__(self, channels: int, out: int, width: int):
         super().__init__(nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
@@ -247,8 +247,7 @@ class InvertibleLinear(nn.Module):
 
     def forward(self, x):
         L, U = self.factors()
-        y = torch.einsum("ij,bj...->bi...", self.P @ L @ U, x)
-        return y, times_places(self.s.sum(), x)
+        return torch.einsum("ij,bj...->bi...", self.P @ L @ U, x), times_places(self.s.sum(), x)
 
     def inverse(self, y):
         L, U = self.factors()
@@ -273,7 +272,7 @@ class Coupling(nn.Module):
 
     def __init__(self, channels: int, network, bins: int = 0, bound: float = 5.0):
         super().__init__()
-        self.kept, self.bins, self.bound = channels - channels // 2, bins, bound
+        self.kept, self.bins, self.bound = channels // 2, bins, bound     # of an odd number the middle one moves
         self.numbers = 3 * bins - 1 if bins else 2
         self.network = network(self.kept, (channels - self.kept) * self.numbers)
 
@@ -312,12 +311,13 @@ class Flow(nn.Module):
         """(n, *shape) from z ~ N(0, temperature^2 I); images in [-1, 1]."""
         return self.decode(temperature * torch.randn(n, self.dims, device=next(self.parameters()).device))
 
-    def loss(self, x: Tensor) -> dict[str, Tensor]:
-        """Points: nats; images: bits/dim of one dequantised copy, a bound on that of the integers."""
-        return {"loss": self.bits(x).mean() if self.images else -self.log_prob(x).mean()}
+    def loss(self, x: Tensor, share: slice = slice(None)) -> dict[str, Tensor]:
+        """Points: nats; images: bits/dim of one dequantised copy, a bound on that of the integers. Of x[share], with
+        the noise that it has in the whole batch."""
+        return {"loss": self.bits(x, share).mean() if self.images else -self.log_prob(x[share]).mean()}
 
-    def bits(self, x: Tensor) -> Tensor:
-        return bits_per_dim(self.log_prob(self.dequantize(x, torch.rand_like(x))), self.dims, self.n)
+    def bits(self, x: Tensor, share: slice = slice(None)) -> Tensor:
+        return bits_per_dim(self.log_prob(self.dequantize(x, torch.rand_like(x))[share]), self.dims, self.n)
 
     def dequantize(self, x: Tensor, u: Tensor | float = 0.5) -> Tensor:
         """y in [-1/2, 1/2), for u in [0, 1)."""
@@ -340,7 +340,7 @@ class Flow(nn.Module):
 
 class Layered(Flow):
     """Layers at `scales` scales of an image, half of the channels leaving after each but the last; or of points. What
-    leaves is scaled and shifted as the rest says: a learned Gaussian prior given the rest, [3] 3.6."""
+    leaves is scaled and shifted as the rest says: a learned Gaussian prior given the rest, [1] 3.6."""
 
     bins = 0
 
@@ -381,11 +381,8 @@ class Layered(Flow):
 
     def sizes(self) -> list[int]:
         """How many numbers of z each scale has, the coarsest first."""
-        left, sizes = self.dims, []
-        for _ in range(len(self.scales) - 1):
-            sizes.append(left // 2)
-            left -= left // 2
-        return [left, *reversed(sizes)]
+        last = len(self.scales) - 1
+        return [self.dims >> last, *(self.dims >> k for k in range(last, 0, -1))]
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, *parts = z.split(self.sizes(), 1)
@@ -432,7 +429,7 @@ class Matching(Flow):
         if len(shape) == 3:
             raise ValueError("matching is for points here; for images there are --model glow and ddpm.py")
         super().__init__(shape, levels)
-        self.ode_steps, self.solver = ode_steps, SOLVERS[solver]
+        self.ode_steps, self.solver, self.density_steps = ode_steps, SOLVERS[solver], 50
         self.network = PointNet(self.dims + 1, self.dims, 2 * width, 3, waves)
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -440,15 +437,15 @@ class Matching(Flow):
         return self.network(torch.cat([x, t[:, None]], 1))
 
     def solve(self, x: Tensor, start: float, stop: float) -> tuple[Tensor, Tensor]:
-        """x at `stop`, and the integral of tr dv/dx on the way."""
+        """x at `stop`, and the integral of tr dv/dx on the way: the field's own, however few steps draw samples."""
         e = torch.randint(2, x.shape, device=x.device).to(x.dtype) * 2 - 1
 
         def field(state, t):
             v, x = lambda x: self.velocity(x, t), state[:, :-1]
-            v, trace = divergence(v, x) if self.dims <= 3 else hutchinson(v, x, e)
+            v, trace = divergence(v, x, None if self.dims <= 3 else e)
             return torch.cat([v, trace[:, None]], 1)
 
-        *_, state = ode(field, F.pad(x, (0, 1)), start, stop, self.ode_steps, self.solver)
+        *_, state = ode(field, F.pad(x, (0, 1)), start, stop, self.density_steps, rk4)
         return state[:, :-1], state[:, -1]
 
     def forward(self, x):
@@ -465,11 +462,11 @@ class Matching(Flow):
         *_, (_, x) = self.states(z)
         return x
 
-    def loss(self, x):
+    def loss(self, x, share=slice(None)):
         z, x = x.unbind(1) if x.ndim == 3 else (torch.randn_like(x), x)
         t = (torch.rand(len(x), device=x.device) + torch.arange(len(x), device=x.device)) / len(x)
         x_t, v = straight(z, x, t)                          # one time in each part of [0, 1]: less variance
-        return {"loss": (self.velocity(x_t, t) - v).square().mean()}
+        return {"loss": (self.velocity(x_t[share], t[share]) - v[share]).square().mean()}
 
     @torch.no_grad()
     def pairs(self, n: int) -> Tensor:
@@ -503,7 +500,7 @@ def train(model: Flow, average: Flow, optimizer, batches, steps: int, lr: float,
             with torch.no_grad():
                 model.loss(x)
             average.load_state_dict(model.state_dict())
-        row = model.loss(x[share])
+        row = model.loss(x, share)
         optimizer.zero_grad()
         row["loss"].backward()
         optimizer.step()
@@ -553,14 +550,16 @@ def main():
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
+        if args.task == "attributes" and not hasattr(truth, "train_attributes"):
+            raise ValueError(f"--task attributes wants a set with attributes, which {args.dataset} has not")
         model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
         batches = truth.batches(args.batch, job.device)
         if args.reflow and not args.ckpt:
             if args.model != "matching":
                 raise ValueError("--reflow straightens the ways of --model matching")
             checkpoint = run.read_checkpoint(args.reflow, "flows")
-            if checkpoint["config"]["model"] != "matching":
-                raise ValueError(f"{args.reflow} holds a {checkpoint['config']['model']}, which follows no ODE")
+            if (what := [checkpoint["config"][name] for name in ("model", "dataset")]) != ["matching", args.dataset]:
+                raise ValueError(f"{args.reflow} holds {what[0]} of {what[1]}; matching of {args.dataset} is wanted")
             run.restore(model, checkpoint["state"]["average"], args.reflow, "average")
             pool = torch.cat([model.pairs(1000) for _ in range(20)])
             batches = (pool[torch.randint(len(pool), (args.batch,), device=job.device)] for _ in iter(int, 1))
@@ -587,7 +586,7 @@ def main():
             results["nll"] = metrics.nll(average.log_prob, truth, device=job.device)
         else:
             bits = torch.cat([average.bits(part) for part in x.split(50)]).detach()
-            results["bits_per_dim"] = metrics.metric(bits.mean(), math.log2(average.n), "bits (bound)")
+            results["bits_per_dim"] = metrics.metric(bits.mean(), None, f"bits (bound), {average.n} levels")
             x = average.dequantize(x[:64], torch.rand_like(x[:64]))
             results |= edits.report(average, truth, job.folder, args.task)
         results["inverse_error"] = metrics.metric(inverse_error(average, x), 0, "relative")

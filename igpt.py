@@ -473,9 +473,9 @@ class IGPT(nn.Module):
         lags = language.lags if near else (1,)
         self.language, self.gpt = language, GPT(language.K, language.T, lags=lags, **options)
 
-    def loss(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Nats a token."""
-        return self.gpt.nll(self.language.tokens(x), labels).mean()
+    def loss(self, x: Tensor, labels: Tensor | None = None, share: slice = slice(None)) -> Tensor:
+        """Nats a token of the examples `share`, with the bits that are drawn for all."""
+        return self.gpt.nll(self.language.tokens(x)[share], labels if labels is None else labels[share]).mean()
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B,) nats: log p(tokens of x), for points a log density, 0 outside the cells."""
@@ -512,7 +512,7 @@ def train(model: IGPT, optimizer, batches, steps: int, lr: float, start: int = 0
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch = next(batches)
-        loss = model.loss(*(part[share] for part in (batch if isinstance(batch, tuple) else (batch,))))
+        loss = model.loss(*(batch if isinstance(batch, tuple) else (batch,)), share=share)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,8 +11,8 @@ a(x) adds no density of its own, as in [2] (in [1] it is drawn, and the bound on
 References
   [1] Mao et al., PD-Flow: A Point Cloud Denoising Framework with Normalizing Flows, arXiv 2203.05940
   [2] Mao, Yan, He, Denoising Point Clouds in Latent Space via Graph Convolution and INN, CVPR 2024
-  [3] Wang et al., Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829 (edge convolution)
-  [4] Kingma, Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv 1807.03039
+  [3] Kingma, Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv 1807.03039
+  [4] Wang et al., Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829 (edge convolution)
 
 Glossary
   paper   code           shape              meaning
@@ -119,8 +119,7 @@ class InvertibleLinear(nn.Module):
 
     def forward(self, x):
         L, U = self.factors()
-        y = torch.einsum("ij,bj...->bi...", self.P @ L @ U, x)
-        return y, times_places(self.s.sum(), x)
+        return torch.einsum("ij,bj...->bi...", self.P @ L @ U, x), times_places(self.s.sum(), x)
 
     def inverse(self, y):
         L, U = self.factors()
@@ -131,7 +130,7 @@ class InvertibleLinear(nn.Module):
 
 
 class Edges(nn.Module):
-    """Edge convolution: max over neighbours of a layer of (h_i, h_j - h_i). [3] (8)"""
+    """Edge convolution: SiLU of the max over neighbours of a linear layer of (h_i, h_j - h_i). [4] (8)"""
 
     def __init__(self, channels: int, out: int):
         super().__init__()
@@ -280,6 +279,9 @@ def main():
     with run.Run(args) as job:
         if args.dataset not in data.CLOUDS:
             raise ValueError(f"pointflows wants clouds, {' or '.join(data.CLOUDS)}; got {args.dataset}")
+        if args.zeroed >= 3 + args.channels or args.k >= min(args.points, args.test_points):
+            raise ValueError(f"--zeroed must be below {3 + args.channels}, the channels, and --k below the points of a "
+                             f"cloud, {min(args.points, args.test_points)}; got {args.zeroed} and {args.k}")
         truth = data.load(args.dataset, args.data_dir)
         model = build(vars(args)).to(job.device)
         average = copy.deepcopy(model).requires_grad_(False)

@@ -92,7 +92,8 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
         "ckpt": ("", "sample this checkpoint instead of training; its own options hold"),
         "log": ("jsonl", "where numbers go", ["none", "jsonl", "wandb"]),
     }
-    parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     for name, (default, text, *choices) in (common | training | sampling | output).items():
         other = f" (images: {images[name]})" if name in images else ""
         shown = f"{text}; default {default}{other}".replace("%", "%%")
@@ -268,7 +269,7 @@ class Run:
         self.kept = things
         if self.world > 1:
             for optimizer in (t for t in things.values() if isinstance(t, torch.optim.Optimizer)):
-                optimizer.register_step_pre_hook(self._average_gradients)
+                self._average_gradients([p for group in optimizer.param_groups for p in group["params"]])
         if not self.args.resume:
             return 0
         path = self.folder / "model.pt"
@@ -291,12 +292,25 @@ class Run:
     def _config(self) -> dict:
         return {name: getattr(self.args, name) for name in self.args.remembered}
 
-    def _average_gradients(self, optimizer, *_):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
+    def _average_gradients(self, parameters) -> None:
+        """At the end of each backward pass, in one message; so a clip of gradients after it sees those of the batch."""
+        waiting = []
+
+        def average():
+            waiting.clear()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            dist.all_reduce(flat)
+            for g, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
+                g.copy_(mean.view_as(g))
+
+        def once(_):
+            if not waiting:
+                waiting.append(True)
+                torch.autograd.Variable._execution_engine.queue_callback(average)
+
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(once)
 
     def _save(self, step: int) -> None:
         if self.rank:

@@ -78,7 +78,8 @@ def _tables(K, dtype, device):
 
 def _arrays(*tensors):
     """NumPy and arrays of the same memory for few rows on a CPU, else torch and the tensors."""
-    small = tensors[0].device.type == "cpu" and tensors[0].shape[-1] <= SMALL
+    x = tensors[0]
+    small = x.device.type == "cpu" and x.shape[-1] <= SMALL and x.dtype in (torch.float32, torch.float64)
     return (numpy, [t.numpy() for t in tensors]) if small else (torch, tensors)
 
 
@@ -320,7 +321,9 @@ def rational_quadratic(x, theta, bound, inverse=False) -> tuple[Tensor, Tensor]:
     if theta.shape[:-1] != x.shape or theta.shape[-1] != 3 * K - 1 or not 1 <= K <= 500 or not 0 < bound < math.inf:
         raise ValueError(f"x (...) and theta (..., 3 K - 1) with K of 1 to 500 and a bound above 0 are wanted; got "
                          f"{tuple(x.shape)}, {tuple(theta.shape)}, {bound}")
-    fits = x.dtype == theta.dtype == torch.float32 and K <= 64
+    wide = torch.promote_types(x.dtype, theta.dtype)
+    x, theta = x.to(wide), theta.to(wide)
+    fits = wide == torch.float32 and K <= 64
     why_not = "" if fits else f"{x.dtype}, K = {K}; it takes float32 and K <= 64"
     function = _Fused if backend(x, why_not) == "triton" else _Spline
     out, log_slope = function.apply(x.reshape(-1), theta.reshape(-1, 3 * K - 1), float(bound), bool(inverse))
