@@ -68,7 +68,7 @@ def parse(doc: str, models, *, model: str | None = None, dataset: str = "gmm", s
     count is 1 or more, unless its help says what "0:" means."""
     import data
 
-    for name, member in models.items():
+    for name, member in models.items() if isinstance(models, dict) else ():
         if isinstance(member, str) and argv is None and f"--model {name}" in " ".join(sys.argv).replace("=", " "):
             sys.argv[0] = str(HERE / f"{member}.py")
             sys.exit(importlib.import_module(member).main())

@@ -321,6 +321,16 @@ def test_what_cannot_be_built_says_why(name, shape, options, says):     # the ch
         flows.MODELS[name](shape, 256 if len(shape) == 3 else None, **options)
 
 
+@pytest.mark.parametrize("name, shape", [("glow", (1, 4, 4)), ("matching", (2,)), ("spline", (2,))])
+def test_two_shares_of_a_batch_make_its_loss(name, shape):              # noise drawn for x[share] alone
+    model = make(name, shape, 256 if len(shape) == 3 else None)
+    x, losses = 2 * torch.rand(6, *shape, generator=rng(0)) - 1, []
+    for share in (slice(None), slice(0, 3), slice(3, 6)):
+        torch.manual_seed(5)
+        losses.append(model.loss(x, share)["loss"].detach())
+    close((losses[1] + losses[2]) / 2, losses[0])
+
+
 # ---- flow matching
 
 

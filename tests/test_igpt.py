@@ -377,6 +377,18 @@ def test_training_learns_a_language(mixer):                             # the si
     assert abs(rows[0] - math.log(16)) < 1e-6 and 6 * rows[-1] < math.log(2) + 0.4     # one bit an image is left
 
 
+def test_two_shares_of_a_batch_make_its_loss():                          # bits drawn for x[share] alone
+    model, losses = tiny(), []
+    with torch.no_grad():
+        model.gpt.lm_head.weight.normal_()
+    side = model.language.shape[1:]
+    x, labels = 2 * torch.rand(6, 1, *side, generator=rng(0)) - 1, torch.zeros(6, dtype=torch.long)
+    for share in (slice(None), slice(0, 3), slice(3, 6)):
+        torch.manual_seed(5)
+        losses.append(model.loss(x, labels, share).detach())
+    close((losses[1] + losses[2]) / 2, losses[0])
+
+
 def test_features_are_those_of_each_layer():                            # after the layer; a sum
     model = tiny()
     tokens = sentences(3, 6, 16)

@@ -16,6 +16,7 @@ import torch
 
 import ddim
 import ddpm
+import igpt
 import run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -127,14 +128,17 @@ def test_resume_insists_on_the_same_options(cli):
 # ---- several processes
 
 
-def test_two_processes_train_as_one(cli, tmp_path):
-    one = weights(cli(ddpm, "--steps", 20, *SMALL, out=tmp_path / "one")[2])
+@pytest.mark.parametrize("module, flags", [
+    (ddpm, SMALL), (igpt, ["--width", "16", "--layers", "1", "--cells", "16", "--samples", "50", "--batch", "32"])])
+def test_two_processes_train_as_one(module, flags, cli, tmp_path):      # the clip before the average: igpt's gradients
+    flags, name = ["--steps", "20", *flags], {ddpm: "ddpm-eps-gmm", igpt: "igpt-attention-gmm"}[module]
+    one = weights(cli(module, *flags, out=tmp_path / "one")[2], name)
     process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ddpm.py", "--steps", "20",
-         *SMALL, "--device", "cpu", "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"{module.__name__}.py",
+         *flags, "--device", "cpu", "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
-    two = weights(tmp_path / "two")
+    two = weights(tmp_path / "two", name)
     for key, value in one["state"]["model"].items():
         torch.testing.assert_close(two["state"]["model"][key], value, atol=1e-5, rtol=1e-4)
     losses = lambda c: torch.tensor([r["loss"] for r in c["rows"]])
