@@ -88,3 +88,13 @@ def test_kernel_spline_gradients_are_those_of_differences():            # gradch
 def test_kernel_spline_refuses_what_does_not_fit(x, theta, bound):      # the check
     with pytest.raises(ValueError, match="3 K - 1"):
         kernels.rational_quadratic(torch.zeros(x), torch.zeros(theta), bound)
+
+
+@pytest.mark.parametrize("of_x, of_theta, wide", [("float64", "float32", "float64"), ("bfloat16", "bfloat16", "bfloat16")])
+def test_numbers_of_two_widths_are_promoted_as_torch_does(of_x, of_theta, wide):    # NumPy has no bfloat16
+    g = torch.Generator().manual_seed(0)
+    x, theta = torch.randn(9, generator=g).to(getattr(torch, of_x)), torch.randn(9, 14, generator=g).to(getattr(torch, of_theta))
+    for found, wanted in zip(spline.rational_quadratic(x, theta, 3.0),
+                             spline.rational_quadratic_reference(x.double(), theta.double(), 3.0)):
+        assert found.dtype == getattr(torch, wide)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-6 if wide == "float64" else 0.2, rtol=0)
