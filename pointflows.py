@@ -24,7 +24,7 @@ Glossary
 
 Use
   python pointflows.py                              shapes3d; Chamfer and the distance to the exact surface
-  python pointflows.py --latent left                or random, zero; --zeroed 3: fewer channels
+  python pointflows.py --latent left                or random, zero; --zeroed 3: fewer channels; --corruptions all
 
 Not included: patches, farthest points, the Earth mover's distance, densities of clouds without a condition.
 """
@@ -275,13 +275,17 @@ def main():
                   "pairs": ("gaussian", "noise of training", ["gaussian", "background"])},
         sampling={"latent": ("zero", "what is done to the noise of z", list(LATENTS)),
                   "zeroed": (0, "channels it is done to; 0: all that hold noise"),
-                  "test_points": (1024, "of a test cloud")})
+                  "test_points": (1024, "of a test cloud"),
+                  "corruptions": ("gaussian,background", "of test clouds, names of clouds.py, or all")})
     with run.Run(args) as job:
         if args.dataset not in data.CLOUDS:
             raise ValueError(f"pointflows wants clouds, {' or '.join(data.CLOUDS)}; got {args.dataset}")
         if args.zeroed >= 3 + args.channels or args.k >= min(args.points, args.test_points):
             raise ValueError(f"--zeroed must be below {3 + args.channels}, the channels, and --k below the points of a "
                              f"cloud, {min(args.points, args.test_points)}; got {args.zeroed} and {args.k}")
+        corruptions = list(clouds.CORRUPTIONS) if args.corruptions == "all" else args.corruptions.split(",")
+        if unknown := {*corruptions} - clouds.CORRUPTIONS.keys():
+            raise ValueError(f"--corruptions takes {', '.join(clouds.CORRUPTIONS)}; got {', '.join(sorted(unknown))}")
         truth = data.load(args.dataset, args.data_dir)
         model = build(vars(args)).to(job.device)
         average = copy.deepcopy(model).requires_grad_(False)
@@ -294,7 +298,7 @@ def main():
             for _ in job.track(train(model, average, optimizer, batches, args.steps, args.lr, start, share=job.share)):
                 pass
         ours = lambda noisy: average.denoise(noisy, args.latent, args.zeroed or None)
-        results = clouds.report(ours, truth, job.folder, points=args.test_points, device=job.device)
+        results = clouds.report(ours, truth, job.folder, corruptions, points=args.test_points, device=job.device)
         job.report(results, parameters=sum(p.numel() for p in model.parameters()))
 
 

@@ -1,6 +1,7 @@
 """pointflows.py: a bijection of whole clouds, equivariant, with the log-determinant of the full Jacobian. Parameters are
 perturbed first. Behind each `def`: a line that must not break."""
 
+import json
 import pathlib
 import sys
 
@@ -128,9 +129,23 @@ def test_a_resumed_run_is_the_unbroken_one(resumed, monkeypatch):       # averag
     assert whole.keys() == broken.keys() and all(torch.equal(v, broken[k]) for k, v in whole.items())
 
 
-def test_a_wrong_data_set_is_one_sentence(cli):                         # the check
-    status, error, _ = cli(pointflows, "--dataset", "gmm")
-    assert status == 2 and "clouds" in error
+@pytest.mark.parametrize("flags, says", [(("--dataset", "gmm"), "clouds"), (("--zeroed", 12), "--zeroed must be below 12"),
+                                         (("--test-points", 10), "points of a cloud, 10"),
+                                         (("--corruptions", "shear,blur"), "distortion_rbf_inv; got blur")])
+def test_bad_input_is_one_sentence_before_training(cli, flags, says):   # the check
+    status, error, _ = cli(pointflows, *flags, "--steps", 10**6)
+    assert status == 2 and says in error and "Traceback" not in error
+
+
+def test_a_run_reports_the_corruptions_that_it_names(cli, monkeypatch):              # their names not handed on
+    import clouds
+
+    monkeypatch.setattr(clouds, "picture", lambda *a: None)
+    status, error, out = cli(pointflows, "--steps", 2, "--width", 6, "--depth", 1, "--k", 4, "--points", 16, "--batch", 2,
+                             "--test-points", 64, "--corruptions", "shear,cutout")
+    assert status == 0, error
+    found = json.loads((out / "pointflows-points-shapes3d" / "metrics.json").read_text())["metrics"]
+    assert {"chamfer_shear_1", "surface_cutout_5_knn"} <= found.keys() and "chamfer_gaussian_1" not in found
 
 
 @pytest.mark.parametrize("flags", [["--model", "points"], ["--model=points"]])
