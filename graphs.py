@@ -26,10 +26,8 @@ import numpy as np
 def topological(parents: dict) -> list:
     """The nodes, parents first; ValueError if there is a cycle or an unknown parent."""
     order, seen, waiting = [], set(), dict(parents)
-    for v, above in parents.items():
-        for p in above:
-            if p not in parents:
-                raise ValueError(f"{v} has the parent {p}, which is not a variable of the network")
+    if unknown := [(v, p) for v, above in parents.items() for p in above if p not in parents]:
+        raise ValueError("{} has the parent {}, which is not a variable of the network".format(*unknown[0]))
     while waiting:
         ready = [v for v, above in waiting.items() if seen.issuperset(above)]
         if not ready:

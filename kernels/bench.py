@@ -7,8 +7,8 @@ steps against the eager loop as one writes it, the smallest eager loop (biases f
 of that step and a CUDA graph of it, and the image update against eager and torch.compile; beside them the physical
 floor, from a copy bandwidth and an fp16 matrix rate measured on the spot. The nearest code of 65,536 vectors among
 1,024 stands beside eager cdist and argmin, the fewest eager operations, torch.compile and a CUDA graph of both. On a
-CPU: the tiled paths against eager; on both, Chamfer distances and splines, with gradients, against eager. Medians of a
-few runs, and rows where the kernel loses stay in. --write puts the table into kernels/RESULTS.md.
+CPU: the tiled paths against eager. Medians of a few runs, and rows where the kernel loses stay in. --write puts the
+table into kernels/RESULTS.md.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from . import _runtime, chamfer, diffusion, quantize, spline
+from . import _runtime, diffusion, quantize
 
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 L = 3
@@ -232,73 +232,6 @@ def bench_nearest_gpu(rows, note, bandwidth, N=65_536, K=1024, D=64):
             rows.append((title, label, value, value / ms["nearest_code"], floor))
 
 
-# ---- Chamfer: eager as one writes it, forward and backward
-
-
-def eager_chamfer(x, y):
-    d = torch.cdist(x, y)
-    return d.min(2)[0].square().mean(1) + d.min(1)[0].square().mean(1)
-
-
-def bench_chamfer(rows, note, device, bandwidth=None, sizes=((8, 1024), (32, 2048), (1, 16_384))):
-    clock = event_ms if device == "cuda" else lambda f: median_ms(f, 9, device)
-    for B, N in sizes if device == "cuda" else sizes[:1]:
-        x, y = (torch.nn.functional.normalize(vectors(B * N, B * N, 3, device)[i], dim=1).view(B, N, 3) for i in (0, 1))
-        truth = chamfer.chamfer_distance(x.double(), y.double())
-        error = ((chamfer.chamfer_distance(x, y) - truth).abs() / truth).max().item()
-        note(f"gate: chamfer_distance, {B} x {N:,} points: relative error {error:.1e}")
-        if not error < 1e-5:
-            raise SystemExit("the kernel disagrees with the reference: nothing is timed")
-
-        def backward(function, x=x, y=y):
-            with torch.enable_grad():
-                a, b = (t.detach().requires_grad_() for t in (x, y))
-                return torch.autograd.grad(function(a, b).sum(), (a, b))
-
-        for what, of in (("", lambda f, x=x, y=y: f(x, y)), (", forward and backward", backward)):
-            ms = {label: attempt(lambda f=f, of=of: clock(lambda: of(f)), f"Chamfer {B} x {N:,}, {label}", note)
-                  for label, f in (("chamfer_distance", chamfer.chamfer_distance), ("eager cdist, min", eager_chamfer))}
-            rows.extend((f"Chamfer {B} x {N:,}{what}", label, value, value / ms["chamfer_distance"],
-                         4 * x.nbytes / bandwidth if bandwidth else 0.0) for label, value in ms.items() if value)
-
-
-# ---- splines: eager is the definition
-
-
-def bench_spline(rows, note, device, bandwidth=None, sizes=((1024, 32), (4096, 32), (65_536, 32), (1_048_576, 8))):
-    for N, K in sizes if device == "cuda" else sizes[:2]:
-        g = torch.Generator().manual_seed(0)
-        x, theta = (2 * torch.randn(N, generator=g)).to(device), torch.randn(N, 3 * K - 1, generator=g).to(device)
-        truth = spline.rational_quadratic_reference(x[:5000].double(), theta[:5000].double(), 5.0)
-        found = spline.rational_quadratic(x[:5000], theta[:5000], 5.0)
-        error = max((a - b).abs().max().item() for a, b in zip(found, truth))
-        note(f"gate: rational_quadratic, {N:,} x {K} bins: largest error {error:.1e}")
-        if not error < 1e-3:
-            raise SystemExit("the kernel disagrees with the reference: nothing is timed")
-        cases = {"rational_quadratic": spline.rational_quadratic, "eager": spline.rational_quadratic_reference}
-        if device == "cuda":
-            cases["torch.compile of eager"] = torch.compile(spline.rational_quadratic_reference, dynamic=False)
-
-        def backward(function, x=x, theta=theta):
-            with torch.enable_grad():
-                a, b = (t.detach().requires_grad_() for t in (x, theta))
-                y, log_slope = function(a, b, 5.0)
-                return torch.autograd.grad((y + log_slope).sum(), (a, b))
-
-        ways = {"": lambda f, x=x, theta=theta: f(x, theta, 5.0), ", forward and backward": backward,
-                ", inverse": lambda f, x=x, theta=theta: f(x, theta, 5.0, True)}
-        for i, (what, of) in enumerate(ways.items()):
-            calls = {label: lambda f=f, of=of: of(f) for label, f in cases.items()}
-            if device == "cuda":
-                ms = {label: attempt(lambda f=f: event_ms(f), f"spline {N:,} x {K}, {label}", note)
-                      for label, f in calls.items()}
-            else:
-                ms = interleaved_ms(calls, 30)
-            floor = (1 + (i == 1)) * (theta.nbytes + 3 * x.nbytes) / bandwidth if bandwidth else 0.0
-            rows.extend((f"spline {N:,} x {K}{what}", label, value, value / ms["rational_quadratic"], floor)
-                        for label, value in ms.items() if value)
-
-
 # ---- the two benches
 
 
@@ -342,8 +275,6 @@ def bench_cpu(rows, note, N=10_000, S=200, repeats=3):
         noise = 100 * (1 - ms["no noise"] / ms["ours"])
         note(f"width {H}: {ms['ours'] / S:.2f} ms a step; its noise is {noise:.0f}% of it")
     bench_nearest_cpu(rows, note)
-    bench_chamfer(rows, note, "cpu")
-    bench_spline(rows, note, "cpu")
 
 
 def rates():
@@ -395,8 +326,6 @@ def bench_gpu(rows, note):
             if value is not None:
                 rows.append((title, label, value, value / ms["diffusion_step"], 3 * x.nbytes / bandwidth))
     bench_nearest_gpu(rows, note, bandwidth)
-    bench_chamfer(rows, note, "cuda", bandwidth)
-    bench_spline(rows, note, "cuda", bandwidth)
 
 
 def main():

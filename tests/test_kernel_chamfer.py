@@ -271,12 +271,12 @@ def test_kernel_chamfer_bench_runs(capsys, monkeypatch, argv):
 
 
 def test_kernel_chamfer_bench_of_the_kernels():
-    from kernels import bench
+    from kernels import bench_flows
 
     torch.set_default_dtype(torch.float32)
     rows = []
     with torch.no_grad():
-        bench.bench_chamfer(rows, print, "cpu", sizes=((2, 40),))
+        bench_flows.bench_chamfer(rows, print, "cpu", sizes=((2, 40),))
     assert {row[1] for row in rows} == {"chamfer_distance", "eager cdist, min"} and len(rows) == 4
 
 
