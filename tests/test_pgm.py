@@ -72,6 +72,7 @@ def test_child_axis_is_the_last():  # table = aligned(...) of another order
     ({"a": "01"}, {"a": ((), [0.5, 0.5]), "c": ((), [1.0])}, "c is no variable"),
     ({"a": "01"}, {"a": ((), [0.5, 0.4])}, "must sum to 1; one sums to 0.9"),
     ({"a": "01", "b": "01"}, {"a": ((), [0.5, 0.5]), "b": (("a",), [[0.5, 0.5], [0.5, 0.3]])}, "one sums to 0.8"),
+    ({"a": "01"}, {"a": ((), [0.5, 0.5 + 1.5e-6])}, "must sum to 1"),
     ({"a": "01"}, {"a": ((), [1.5, -0.5])}, "negative"),
     ({"a": "01"}, {"a": ((), [0.2, 0.3, 0.5])}, r"its states ask for \(2,\)"),
     ({"a": "01"}, {"a": (("b",), [[0.5, 0.5]])}, "parent b, which is not"),
@@ -395,6 +396,22 @@ def test_evidence_far_below_the_smallest_number_is_not_impossible():  # exp of t
     for found in (exact["x"], belief.table, loopy["x"], pgm.gibbs(net, evidence, 5, 10)[0]["x"]):
         np.testing.assert_allclose(found, [1 / (1 + 2.0**40), 2.0**40 / (1 + 2.0**40)], atol=1e-14)
     assert pgm.most_probable(net, evidence | {"x": 1})[1] == pytest.approx(log_p)       # all of it constants
+
+
+def test_rounds_are_as_many_as_the_defaults_say_and_seed_0_is_the_default(monkeypatch):  # burn or sweeps off by one; seed 1
+    net, rng = pgm.bayesian(*networks.NETWORKS["sprinkler"][1:]), lambda: np.random.default_rng(0)
+    calls, plain = [], pgm.conditional
+    monkeypatch.setattr(pgm, "conditional", lambda *a: calls.append(a[1]) or plain(*a))
+    found = pgm.gibbs(net, {"wet": 0})[0]
+    assert len(calls) == 1100 * (len(net.states) - 1)
+    again = pgm.gibbs(net, {"wet": 0}, rng=rng())[0]
+    assert all((found[v] == again[v]).all() for v in found)
+    assert all((a == b).all() for a, b in zip(pgm.sample(net, 50)[0].values(), pgm.sample(net, 50, rng())[0].values()))
+    q, bounds = pgm.mean_field(net, tolerance=-1)
+    again, _ = pgm.mean_field(net, tolerance=-1, rng=rng())
+    assert len(bounds) == 201 and all((q[v] == again[v]).all() for v in q)
+    drawn = pgm.sample(net, 40)[0] | {"rain": np.full(40, -1)}
+    assert len(pgm.em(net, drawn, tolerance=-math.inf)[1]) == 101
 
 
 def test_a_variable_without_company_is_no_exception():  # weight of shape (K,)
