@@ -201,7 +201,8 @@ def report(job, network, tree, evidence: dict, query, answer, drawn=None) -> Non
         beliefs = {v: found[v] if v in found else exact[v] for v in names}
         for v, p in beliefs.items():
             print(f"{v:20} " + "  ".join(f"{s} {x:.6f}" for s, x in zip(network.states[v], p)))
-        posteriors_picture(folder / "posteriors.png", network.states, beliefs, exact)
+        if beliefs:
+            posteriors_picture(folder / "posteriors.png", network.states, beliefs, exact)
         error = max((float(abs(p - exact[v]).max()) for v, p in beliefs.items()), default=0)
         results["largest_error"] = metrics.metric(error, 0, "probability")
     if method == "mean-field":

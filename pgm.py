@@ -6,8 +6,7 @@
 `--method`: ve, variable elimination in min-fill order [1] algorithm 9.1; junction, one calibration of a junction tree
 for all marginals at once [2]; map, the most probable state; loopy belief propagation with its Bethe free energy [3];
 gibbs sampling; mean-field, coordinate ascent on the bound above. One representation for all: a factor is a tuple of
-variables and a table with an axis for each, in a conditional distribution the child's axis last. A junction tree also
-takes many sets of evidence at once; they are one more axis behind the others, so that sums run along memory.
+variables and a table with an axis for each, in a conditional distribution the child's axis last.
 
 References
   [1] Koller, Friedman, Probabilistic Graphical Models, MIT Press 2009
@@ -256,10 +255,9 @@ def most_probable(network: Network, evidence=None) -> tuple[dict, float]:
     """The state of all that is not observed with the largest p(x, e), and its log (of the product, without Z)."""
     at, factors = network.observe(evidence), network.under(evidence)
     order = triangulate(interaction(factors, [v for v in network.states if v not in at]), network.size)[0]
-    left, log_p, tables = remove(factors, order, network.size, np.max, evidence)
+    (left, log_p, tables), best = remove(factors, order, network.size, np.max, evidence), {}
     if not all(f.table for f in left):                                  # by now numbers, divided to be 1
         raise impossible(evidence)
-    best = {}
     for v, touched in reversed(tables):
         best[v] = int(touched.table[(slice(None), *(best[u] for u in touched.variables[1:]))].argmax())
     return {v: network.states[v][best[v]] for v in network.states if v in best}, log_p
@@ -275,7 +273,7 @@ class JunctionTree:
     def __init__(self, network: Network):
         self.network, size = network, network.size
         order, made = triangulate(network.graph(), size)
-        place, owner, sets = {v: i for i, v in enumerate(order)}, {}, []
+        place, owner, sets, last = {v: i for i, v in enumerate(order)}, {}, [], {}
         self.parent, self.sepset = [], []                               # parents come before their children
         for v, clique in zip(reversed(order), reversed(made)):
             rest = clique - {v}
@@ -285,6 +283,8 @@ class JunctionTree:
                 continue
             owner[v] = len(sets)
             sets.append(clique)
+            if rest:                                                    # a chain, not a star, whose product underflows
+                last[above, frozenset(rest)], above = owner[v], last.get((above, frozenset(rest)), above)
             self.parent.append(above)
             self.sepset.append(rest)
         self.cliques = [tuple(sorted(c, key=place.get, reverse=True)) for c in sets]
@@ -311,8 +311,8 @@ class JunctionTree:
     def calibrate(self, evidence=None, first: int = 0) -> tuple[list, np.ndarray]:
         """p(clique | e) of each clique, (K..., B), and log p(e), (B,); B is 1 where no evidence is an array.
 
-        What scales a message up, so that it sums to 1, also divides the one that comes back down: then each clique of
-        a tree sums to what its root does, and a root that is normalised normalises all."""
+        What scales a message up, to a largest of 1, also divides the one that comes back down: then each clique of a
+        tree sums to what its root does, and a root that is normalised normalises all."""
         at, tables, add = self.network.observe(evidence), list(self.tables), np.add.reduce
         for v, s in at.items():
             i, _, shape = self.single[v]
@@ -326,7 +326,7 @@ class JunctionTree:
                     table = table * message
                 shape, at_parent = self.up[i]
                 message = add(table.reshape(shape), 1)
-                scales[i] = add(message, 0)
+                scales[i] = np.maximum.reduce(message, 0)
                 tables[i] = tables[i] / scales[i] if self.parent[i] is None else tables[i]
                 if self.parent[i] is not None:
                     messages[self.parent[i]].append((message / scales[i]).reshape(at_parent))
@@ -404,11 +404,10 @@ def loopy(network: Network, evidence=None, rounds: int = 500, damping: float = 0
         if change < tolerance:
             break
     beliefs = {v: normal(math.prod((to_variable[e] for e in into[v]), start=np.ones(network.size[v]))) for v in names}
-    log = lambda p: np.log(np.where(p > 0, p, 1))
     log_z = -sum((len(into[v]) - 1) * entropy(b) for v, b in beliefs.items())
     for a, f in enumerate(factors):
         b = normal(belief(a))
-        log_z += (b * log(f.table)).sum() + entropy(b)
+        log_z += (b * np.log(np.where(f.table > 0, f.table, 1))).sum() + entropy(b)
     return beliefs, float(log_z), change
 
 
@@ -556,7 +555,8 @@ def main():
 
     if "--model pixels" in " ".join(sys.argv).replace("=", " "):                    # has a command line of its own
         import pixels
-        sys.argv = [a for a in sys.argv if a not in ("--model", "pixels", "--model=pixels")]
+        argv = "\0".join(sys.argv[1:]).replace("--model=pixels", "--model\0pixels")
+        sys.argv[1:] = filter(None, argv.replace("--model\0pixels", "", 1).split("\0"))
         return pixels.main()
 
     import draw_graphs
@@ -578,8 +578,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="results", help="folder of results")
     args = parser.parse_args()
-    if args.sample < 0 or args.seed < 0:
-        parser.error("--sample and --seed must not be negative")
+    if args.sample < 0 or not 0 <= args.seed < 2**63:
+        parser.error("--sample must not be negative, --seed between 0 and 2^63 - 1")
     name = args.example or (args.bif and args.bif.rpartition("/")[2].partition(".")[0]) or args.network
     args.script, args.model, args.dataset = "pgm", "example" if args.example else args.method, name
     args.device, args.batch, args.steps = "cpu", 1, 0
@@ -591,7 +591,7 @@ def main():
         pairs = [p.partition("=") for p in args.evidence.split(",") if p]
         evidence, rng = {v.strip(): s.strip() for v, _, s in pairs}, np.random.default_rng(args.seed)
         drawn = sample(network, args.sample, rng)[0] if args.sample else None
-        query = [network.known(v) for v in args.query.split(",") if v]
+        query = [network.known(v) for v in map(str.strip, args.query.split(",")) if v]
         answer = METHODS[args.method](network, evidence, rng)
         draw_graphs.report(job, network, JunctionTree(network), evidence, query, answer, drawn)
 

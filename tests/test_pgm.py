@@ -398,6 +398,21 @@ def test_evidence_far_below_the_smallest_number_is_not_impossible():  # exp of t
     assert pgm.most_probable(net, evidence | {"x": 1})[1] == pytest.approx(log_p)       # all of it constants
 
 
+def test_a_junction_tree_takes_hundreds_of_children():                  # a star for the chain; a sum for the largest
+    K, n = 10, 330
+    names, states = [f"y{i}" for i in range(n)], "0123456789"[:K]
+    rows = [np.where(np.arange(K) % 2, [[0.99], [0.01]], [[0.01], [0.99]]).T[:, ::sign] for sign in (1, -1)]
+    net = pgm.bayesian({"x": states} | dict.fromkeys(names, "01"),
+                       {"x": ((), np.full(K, 1 / K))} | {y: (("x",), rows[i % 2]) for i, y in enumerate(names)})
+    tree = pgm.JunctionTree(net)
+    beliefs, log_z = tree.marginals()
+    np.testing.assert_allclose(beliefs["x"], 1 / K)
+    assert log_z == pytest.approx(0, abs=1e-9)
+    beliefs, log_z = tree.marginals(dict.fromkeys(names, 1))            # half of them say one thing, half the other
+    np.testing.assert_allclose(beliefs["x"], 1 / K, rtol=1e-9)
+    assert log_z == pytest.approx(n // 2 * math.log(0.0099), rel=1e-9)
+
+
 def test_rounds_are_as_many_as_the_defaults_say_and_seed_0_is_the_default(monkeypatch):  # burn or sweeps off by one; seed 1
     net, rng = pgm.bayesian(*networks.NETWORKS["sprinkler"][1:]), lambda: np.random.default_rng(0)
     calls, plain = [], pgm.conditional
