@@ -78,10 +78,16 @@ def report(model, evaluate, truth, job, args, seconds: float) -> dict[str, dict]
     language, device = model.language, job.device
     x = truth.sample(args.nll_rows, **({"labels": True} if args.conditional else {}))
     x, *labels = (v.to(device) for v in (x if args.conditional else (x,)))
-    nll = evaluate(model, x, *labels)
+    if model.gpt.classes > 1 and hasattr(truth, "log_prob"):            # a mixture of even classes, as it is drawn
+        classes = range(model.gpt.classes)
+        each = lambda x: torch.stack([model.log_prob(x, torch.full((len(x),), k, device=x.device)) for k in classes])
+        log_prob = lambda x: each(x).logsumexp(0) - math.log(len(classes))
+        nll = -torch.cat([log_prob(part) for part in x.split(500)])
+    else:
+        log_prob, nll = model.log_prob, evaluate(model, x, *labels)
     out = {"tokens_per_second": metric(args.samples * language.T / seconds, None, "1/s", "higher")}
     if hasattr(truth, "log_prob"):
-        kl = exact_kl(model.log_prob, truth, language.K, language.reach, device)
+        kl = exact_kl(log_prob, truth, language.K, language.reach, device)
         return out | {"nll": metric(nll.mean(), truth.entropy, "nats"), "kl": metric(kl, 0, "nats")}
     known = truth.scale(truth.train).to(device)
     known, asked = (language.pixels(language.tokens(part)) for part in (known, x))
@@ -90,6 +96,7 @@ def report(model, evaluate, truth, job, args, seconds: float) -> dict[str, dict]
               "independent": independent_nll(known.flatten(1), asked.flatten(1), kinds),
               "context": context_nll(known, asked, kinds, max(2, int(15 / math.log2(kinds))))}
     name, unit = ("bits_per_dim", "bits") if language.exact else ("bits_per_token", "bits a token (not of the pixels)")
+    unit += " given the class" if model.gpt.classes > 1 else ""
     out[name] = metric(bits_per_dim(float(nll.mean()), places), None, unit)
     out |= {f"{name}_{rival}": metric(bits_per_dim(float(value.mean()), places), None, unit)
             for rival, value in rivals.items()}
@@ -102,11 +109,11 @@ def report(model, evaluate, truth, job, args, seconds: float) -> dict[str, dict]
         out |= judges.label_agreement(model, truth)
     if args.probe_rows and truth.classes:
         out |= probe_layers(model, truth, args.probe_rows, device)
-    half = truth.shape[1] // 2
+    half = truth.shape[1] // 2 // language.side * language.side
     originals = x[:10]
     blank = originals.clone()
     blank[:, :, half:] = 0
-    rows = [originals, blank, *(model.complete(originals, half) for _ in range(3))]
+    rows = [originals, blank, *(model.complete(originals, half, *(v[:10] for v in labels)) for _ in range(3))]
     grid_picture(job.folder / "completions.png", torch.stack([row.cpu() for row in rows]),
                  ["held out", "what it sees", "completed", "again", "again"], None, truth.levels)
     return out

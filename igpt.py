@@ -11,7 +11,7 @@ bits/token, and the distortion is named. A point of the plane is two tokens, its
 
 `--mixer` (or --model): attention [2, 3], whose memory is every token before, or mamba [4], whose memory is one state:
 
-    h_t = exp(Delta_t A) h_t-1 + Delta_t B_t u_t,    y_t = C_t . h_t + D u_t                             [4] section 3
+    h_t = exp(Delta_t A) h_t-1 + Delta_t B_t u_t,    y_t = C_t . h_t + D u_t            [4] section 3, as in its code
 
 References
   [1] Chen et al., Generative Pretraining from Pixels, ICML 2020
@@ -500,9 +500,9 @@ class IGPT(nn.Module):
 
     @torch.inference_mode()
     def complete(self, x: Tensor, rows: int, labels: Tensor | None = None, **limits) -> Tensor:
-        """x with all below its first `rows` rows of pixels drawn anew."""
-        tokens = self.language.tokens(x)
-        known = tokens[:, : self.language.T * rows // self.language.shape[1]]
+        """x with all below its first `rows` rows of pixels drawn anew, a multiple of the side of a token."""
+        tokens, side = self.language.tokens(x), self.language.side
+        known = tokens[:, : rows // side * (self.language.shape[2] // side)]
         return self.language.decode(self.gpt.generate(len(x), known, labels, **limits))
 
 
@@ -563,8 +563,8 @@ def main():
         images={"steps": 4000, "batch": 16, "lr": 3e-3, "layers": 4, "samples": 500, "mnist": {"steps": 6000},
                 "hoda": {"steps": 6000}})
     with run.Run(args) as job:
-        if args.top_p > 1:
-            raise ValueError(f"--top-p is a probability; got {args.top_p}")
+        if args.top_p > 1 or args.dropout >= 1 or min(args.cells, args.colours) < 2:
+            raise ValueError("--top-p is a probability, --dropout below 1, --cells and --colours 2 or more")
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         points = hasattr(truth, "log_prob")

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -364,6 +365,10 @@ def test_a_completion_keeps_what_it_was_given(mixer):                   # rows o
     x = torch.randint(2, (3, 1, 4, 6)) * 2.0 - 1
     out = model.complete(x, 2)
     assert torch.equal(out[:, :, :2], x[:, :, :2]) and out.abs().eq(1).all() and not torch.equal(out, x)
+    model, x = tiny(mixer, shape=(1, 6, 6)), torch.randint(2, (40, 1, 6, 6)) * 2.0 - 1
+    out = model.complete(x, 3)                                          # a row of patches is two of pixels
+    assert torch.equal(out[:, :, :2], x[:, :, :2])
+    assert ((out != x)[:, 0, 2].double().mean(0) > 0.1).all() and ((out != x)[:, 0, 3].double().mean(0) > 0.1).all()
 
 
 @mixers
@@ -432,6 +437,29 @@ def test_without_options_nothing_is_restricted():                       # a defa
     assert torch.equal(igpt.restrict(logits), logits)
 
 
+def test_a_conditional_model_is_judged_as_the_mixture_that_it_draws(monkeypatch):    # the density of class 0
+    truth, seen = data.load("gmm"), []
+    monkeypatch.setattr(baselines, "exact_kl", lambda log_prob, *a: seen.append(log_prob) or 0.0)
+    torch.manual_seed(0)
+    model = igpt.build(dict(tokens="auto", cells=16, colours=2, near=True, width=8, layers=1, heads=2, dropout=0.0, conditional=True,
+                            model="attention"), truth.shape, None, 8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape)
+    model.eval()
+    args = types.SimpleNamespace(nll_rows=60, conditional=True, samples=1, probe_rows=0)
+    with torch.no_grad():
+        out = baselines.report(model, igpt.evaluate, truth, types.SimpleNamespace(device="cpu", folder=None), args, 1.0)
+        axis = (torch.arange(16) + 0.5) * 6 / 16 - 3                    # the middles of all cells
+        cells = torch.cartesian_prod(axis, axis)
+        log_p = seen[0](cells)
+        each = torch.stack([model.log_prob(cells, torch.full((256,), k)) for k in range(8)])
+        assert (each[0] - each[1]).abs().max() > 1e-3
+    close(log_p, each.exp().mean(0).log())
+    close(log_p.exp().sum() * (6 / 16) ** 2, torch.tensor(1.0), rtol=1e-4, atol=1e-4)
+    assert out["nll"]["value"] > 0
+
+
 # ---- tables
 
 
@@ -493,7 +521,8 @@ def test_main_on_images_completes_and_probes(levels, channels, cli, monkeypatch)
 
 
 def test_main_says_what_is_wrong(cli):                                  # no raise: a traceback
-    for options, words in [(["--tokens", "grey"], "for images"), (["--top-p", "1.5"], "probability")]:
+    for options, words in [(["--tokens", "grey"], "for images"), (["--top-p", "1.5"], "probability"), (["--cells", "1"], "2 or more"),
+                           (["--dropout", "1.5"], "below 1")]:
         status, error, _ = cli(igpt, "--dataset", "gmm", "--steps", 1, *options)
         assert status == 2 and words in error and "Traceback" not in error
 
