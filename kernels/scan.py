@@ -1,6 +1,6 @@
 """The selective scan of Mamba, forward and backward, with one state in registers.
 
-    h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t,    y_t = C_t . h_t               (Gu, Dao, arXiv 2312.00752, section 3.2, B as in its code)
+    h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t,    y_t = C_t . h_t   (Gu, Dao, arXiv 2312.00752, section 3.2, as its code)
 
 Shapes: x, dt (n, T, E), A (E, N), B, C (n, T, N), h (n, E, N) the state before, or None for zero: y (n, T, E) and the
 last state (n, E, N). With g_t the gradient of h_t and a_t = exp(dt_t A):
