@@ -432,6 +432,17 @@ def test_weights_start_as_the_papers_say(mixer):                        # no 1 /
         assert weight.std().item() == pytest.approx(std, rel=0.1)
 
 
+def test_symbols_of_bits_are_two_and_training_takes_its_steps():         # kinds of 3; a start of 1
+    config = dict(cells=8, colours=4, near=True, width=8, layers=1, heads=2, dropout=0.0, conditional=False, model="attention")
+    wanted = {"pixel": (2, 2), "patch": (16, 2), "grey": (5, 5)}
+    for name, sizes in wanted.items():
+        language = igpt.build(config | {"tokens": name}, (1, 4, 4), 5).language
+        assert (language.K, language.kinds) == sizes, name
+    model = tiny()
+    batches = iter([torch.ones(2, *model.language.shape)] * 3)
+    assert len(list(igpt.train(model, torch.optim.AdamW(model.parameters()), batches, 3, 1e-3))) == 3
+
+
 def test_without_options_nothing_is_restricted():                       # a default of 2
     logits = torch.randn(3, 9, generator=rng(0))
     assert torch.equal(igpt.restrict(logits), logits)
