@@ -54,7 +54,7 @@ def context_nll(seen: Tensor, x: Tensor, K: int, pixels: int) -> Tensor:
 
 def probe(features: Tensor, labels: Tensor, asked: Tensor, steps: int = 100) -> Tensor:
     """The classes (M,) that a logistic regression on features (N, F) finds for `asked` (M, F). [1] section 2.4"""
-    mean, std = features.mean(0), features.std(0) + 1e-6
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-6
     features, asked = (features - mean) / std, (asked - mean) / std
     weight = torch.zeros(features.shape[1] + 1, int(labels.max()) + 1, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
