@@ -224,5 +224,8 @@ def selective_scan(x, dt, A, B, C, h=None) -> tuple[Tensor, Tensor]:
     h = x.new_zeros(n, E, N, dtype=dt.dtype) if h is None else h
     kinds = (torch.float32, torch.float16, torch.bfloat16)
     why_not = "" if x.dtype in kinds and dt.dtype in kinds else f"{x.dtype}, and the kernel takes float32 and less"
-    function = ScanTriton if backend(x, why_not) == "triton" else ScanTorch
-    return function.apply(x, dt, A, B, C, h)
+    if backend(x, why_not) == "triton":
+        return ScanTriton.apply(x, dt, A, B, C, h)
+    wide = torch.promote_types(dt.dtype, torch.float32)
+    y, h = ScanTorch.apply(*(v.to(wide) for v in (x, dt, A, B, C, h)))
+    return y.to(x.dtype), h

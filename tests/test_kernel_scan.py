@@ -150,3 +150,15 @@ def test_kernel_scan_on_the_gpu(n, T, E, N):
     mine = gradients(scan.ScanTriton.apply, arguments)
     all_close(mine, gradients(selective_scan_reference, [v.double() for v in arguments]), 1e-4)
     assert all(torch.equal(a, b) for a, b in zip(mine, gradients(scan.ScanTriton.apply, arguments)))
+
+
+def test_kernel_scan_widens_half_precision_on_a_cpu():                  # matmul of two dtypes
+    g = torch.Generator().manual_seed(0)
+    x, dt, B, C = (torch.randn(2, 9, k, generator=g) for k in (5, 5, 3, 3))
+    A, half = -torch.randn(5, 3, generator=g).exp(), [v.bfloat16() for v in (x, B, C)]
+    y, h = scan.selective_scan(half[0], dt.exp().float(), A.float(), *half[1:])
+    wanted, last = scan.selective_scan_reference(half[0].double(), dt.exp().float().double(), A.float().double(),
+                                                 *(v.double() for v in half[1:]))
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(h.double(), last, rtol=1e-4, atol=1e-4)
