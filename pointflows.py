@@ -185,7 +185,7 @@ class PointFlow(nn.Module):
             self.layers += [ActNorm(3 + channels), InvertibleLinear(3 + channels), GraphCoupling(3 + channels, width)]
 
     def condition(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, graph and condition of a cloud (B, N, 3); features of each point and of the differences to its neighbours."""
+        """y, graph and condition of a cloud (B, N, 3); features of points and of differences to neighbours."""
         if noisy.ndim != 3 or noisy.shape[2] != 3 or not noisy.isfinite().all():
             raise ValueError(f"clouds (B, N, 3) of finite points are wanted; got {tuple(noisy.shape)}")
         graph, x = neighbours(noisy, self.k), noisy.transpose(1, 2)
