@@ -58,7 +58,7 @@ def spherical(z1: Tensor, z2: Tensor, a: float) -> Tensor:
 
 
 @torch.no_grad()
-def report(model, truth, folder, task: str = "all", seed: int = 0) -> dict[str, dict]:
+def report(model, truth, folder, task: str = "all", attribute: str = "", seed: int = 0) -> dict[str, dict]:
     """Metrics and pictures of the tasks named; {} for "none". Attributes where the set has some.
 
     reconstruction: share of pixels that decode(encode(x)) gives back. noise_A: mean |change| of a pixel, in levels,
@@ -96,5 +96,6 @@ def report(model, truth, folder, task: str = "all", seed: int = 0) -> dict[str, 
                      [f"{a:g}" for a in way[::2]], levels)
     if "attributes" in chosen and hasattr(truth, "train_attributes"):
         with torch.enable_grad():                                       # it trains a classifier
-            out |= latents._attributes(SimpleNamespace(mean=model.decode), truth, folder, pick, encode, scaled)
+            decoder = SimpleNamespace(mean=model.decode)
+            out |= latents._attributes(decoder, truth, folder, pick, encode, scaled, attribute)
     return out

@@ -540,7 +540,7 @@ def main():
                   "reflow": ("", "a checkpoint of --model matching, whose ways are made straight"),
                   "decay": (0.998, "of the average of the weights"), "size": (0, "of images, in pixels; 0 keeps them")},
         sampling={"temperature": (1.0, "of z"), "solver": ("heun", "of the ODE", list(SOLVERS)),
-                  "ode_steps": (50, "of the solver"),
+                  "ode_steps": (50, "of the solver"), "attribute": ("", "that is added and judged; the smile if none"),
                   "task": ("all", "edits of z, of images", ["all", *edits.TASKS, "none"])},
         images={"model": "glow", "steps": 3000, "batch": 64, "lr": 1e-3, "depth": 4, "bins": 8, "samples": 500,
                 **{name: {"size": 32, "scales": 3, "bits": 5, "batch": 32} for name in ("faces", "lfw-smiles")},
@@ -550,8 +550,9 @@ def main():
         truth = data.load(args.dataset, args.data_dir, size=args.size or None, download=args.download,
                           skip_bad=args.skip_bad)
         density = hasattr(truth, "log_prob")
-        if args.task == "attributes" and not hasattr(truth, "train_attributes"):
-            raise ValueError(f"--task attributes wants a set with attributes, which {args.dataset} has not")
+        attributes = ["", *getattr(truth, "attribute_names", ())]
+        if args.attribute not in attributes or args.task == "attributes" and len(attributes) == 1:
+            raise ValueError(f"the attributes of {args.dataset} are {', '.join(attributes[1:]) or 'none'}")
         model = build(vars(args), truth.shape, None if density else truth.levels).to(job.device)
         batches = truth.batches(args.batch, job.device)
         if args.reflow and not args.ckpt:
@@ -588,7 +589,7 @@ def main():
             bits = torch.cat([average.bits(part) for part in x.split(50)]).detach()
             results["bits_per_dim"] = metrics.metric(bits.mean(), None, f"bits (bound), {average.n} levels")
             x = average.dequantize(x[:64], torch.rand_like(x[:64]))
-            results |= edits.report(average, truth, job.folder, args.task)
+            results |= edits.report(average, truth, job.folder, args.task, args.attribute)
         results["inverse_error"] = metrics.metric(inverse_error(average, x), 0, "relative")
         if args.model == "matching":
             results["curvature"] = metrics.metric(average.curvature(average.pairs(1000)), 0)

@@ -511,9 +511,9 @@ def report(model, truth, folder, seed: int = 0) -> dict[str, dict]:
     return out
 
 
-def _attributes(model, truth, folder, pick, code, scaled):
+def _attributes(model, truth, folder, pick, code, scaled, asked=""):
     names = truth.attribute_names
-    smile = next((k for k, name in enumerate(names) if name.lower().startswith("smil")), 0)
+    smile = next((k for k, name in enumerate(names) if name.lower().startswith(asked or "smil")), 0)
     has = truth.test_attributes[pick, smile]
     reader = judges.train_classifier(truth.train, truth.train_attributes[:, smile].long(), 2, truth.levels, steps=500,
                                      batch=64, lr=3e-3, most=64)

@@ -527,7 +527,7 @@ def test_reflow_starts_from_its_teacher_and_refuses_others(cli, tmp_path, monkey
 
 
 @pytest.mark.parametrize("args, says", [
-    (("--task", "attributes"), "a set with attributes"), (("--mod", "points"), "unrecognized"),
+    (("--task", "attributes"), "the attributes of gmm are none"), (("--attribute", "hat"), "are none"), (("--mod", "points"), "unrecognized"),
     (("--model", "matching", "--dataset", "persian"), "points"), (("--dataset", "persian", "--scales", 3), "halved"),
     (("--ckpt", "nowhere.pt"), "no checkpoint"), (("--dataset", "nothing"), "unknown dataset")])
 def test_bad_input_is_one_sentence(cli, args, says):                    # the check
