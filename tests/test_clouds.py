@@ -380,6 +380,15 @@ def test_smooth_comes_nearer_to_a_plane_and_outliers_are_dropped():     # ">" fo
     assert len(clouds.remove_outliers([plane], ratio=50.0)[0]) == 800
 
 
+def test_outliers_are_those_far_from_their_neighbours_by_two_deviations():           # another ratio; k for 16
+    x = points(200, 3) ** 3
+    far = torch.cdist(x, x).sort(1).values[:, 1:17].mean(1)
+    keep = far <= far.mean() + 2 * (far - far.mean()).square().mean().sqrt()
+    assert 0 < (~keep).sum() < 30
+    close = clouds.remove_outliers([x])[0]
+    assert torch.equal(close, x[keep]) and not torch.equal(clouds.remove_outliers([x], ratio=4.0)[0], close)
+
+
 def test_chamfer_of_lists_is_that_of_each_pair():                       # lengths left out: padding would be near 0
     x, y = [points(n, n) + 3 for n in (4, 9, 2)], [points(n, n) + 3 for n in (7, 1, 5)]
     found = clouds.chamfer(x, y)
