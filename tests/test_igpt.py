@@ -531,6 +531,22 @@ def test_main_on_images_completes_and_probes(levels, channels, cli, monkeypatch)
     assert metrics[f"{name}_uniform"]["value"] == pytest.approx(1 if levels == 2 else 2) and (folder / "completions.png").is_file()
 
 
+def test_completions_of_a_conditional_model_know_their_classes(cli, monkeypatch):    # labels not handed on
+    x, y = torch.randint(2, (80, 1, 8, 8), generator=rng(0)).to(torch.uint8), torch.arange(80) % 2
+    monkeypatch.setattr(data, "load", lambda *a, **k: data.Images("persian", x, y, x[:40], y[:40], 2, ("a", "b")))
+    monkeypatch.setattr(judges, "images", lambda *a: {})
+    monkeypatch.setattr(judges, "label_agreement", lambda *a: {})
+    seen, plain = [], igpt.IGPT.complete
+    monkeypatch.setattr(igpt.IGPT, "complete", lambda self, x, rows, labels=None: seen.append((x, labels)) or plain(self, x, rows, labels))
+    status, error, _ = cli(igpt, "--dataset", "persian", "--conditional", "--steps", 2, "--batch", 4, "--samples", 10, "--width", 16,
+                           "--layers", 1, "--nll-rows", 20, "--probe-rows", 0)
+    assert not status, error
+    images, classes = (x[:40].float() * 2 - 1), y[:40]
+    for originals, labels in seen:
+        assert len(seen) == 3 and labels.tolist() == [int(classes[(images == one).flatten(1).all(1)][0]) for one in originals]
+    assert len({*labels.tolist()}) == 2
+
+
 def test_main_says_what_is_wrong(cli):                                  # no raise: a traceback
     for options, words in [(["--tokens", "grey"], "for images"), (["--top-p", "1.5"], "probability"), (["--cells", "1"], "2 or more"),
                            (["--dropout", "1.5"], "below 1")]:
