@@ -424,7 +424,7 @@ class Clouds:
     """Clouds of training and held-out surfaces. Test clouds come from `seed` alone, batches from the global generator.
 
     POOL points of each training surface are drawn once; a batch takes some of them, turns them and scales them."""
-    shape, classes, POOL = (3,), None, 2048
+    shape, classes, POOL = (3,), None, 8192
 
     def __init__(self, name: str, train: list[Surface], test: list[Surface], seed: int = 0):
         self.name, self.train, self.surfaces, self.seed = name, train, test, seed
@@ -527,6 +527,17 @@ def smooth(x, k: int = 8) -> list[Tensor]:
     return [(cloud + cloud[_neighbours(check(cloud), k)[1]].sum(1)) / (1 + min(k, len(cloud) - 1)) for cloud in x]
 
 
+def flatten(x, k: int = 16) -> list[Tensor]:
+    """Each point moved straight onto the plane that fits itself and its k nearest others best."""
+    out = []
+    for cloud in x:
+        near = torch.cat([cloud[:, None], cloud[_neighbours(check(cloud), k)[1]]], 1)
+        mean = near.mean(1, keepdim=True)
+        normal = torch.linalg.eigh((near - mean).mT @ (near - mean))[1][..., :1]
+        out.append(cloud + ((mean - cloud[:, None]) @ normal @ normal.mT)[:, 0])
+    return out
+
+
 def remove_outliers(x, k: int = 16, ratio: float = 2.0) -> list[Tensor]:
     """Without the points whose mean distance to their k nearest others is above mean + ratio std of the cloud. [4]"""
     spread = [_neighbours(check(cloud), k)[0].mean(1) for cloud in x]
@@ -551,11 +562,11 @@ def report(denoise, truth: Clouds, folder=None, corruptions=("gaussian", "backgr
            n: int = 16, points: int = 1024, device="cpu", shown: int = 4) -> dict[str, dict]:
     """{name: metric} of a denoiser, (B, N, 3) -> (B, N, 3), for each corruption and severity; clouds-*.png in folder.
 
-    chamfer_NAME_SEVERITY is the denoiser's, with _noisy, _knn (smooth) and _outliers (remove_outliers) beside it: to
-    the clean cloud, mean over clouds, in squared units of half the box. Its floor is that of the noisy cloud moved
-    exactly onto its surface. surface_... is the mean distance to the exact surface, the floor 0.
+    chamfer_NAME_SEVERITY is the denoiser's, with _noisy, _knn (smooth), _plane (flatten) and _outliers
+    (remove_outliers) beside it: to the clean cloud, mean over clouds, in squared units of half the box. Its floor is
+    that of the noisy cloud moved exactly onto its surface. surface_... is the mean distance to the surface, floor 0.
     """
-    from metrics import metric
+    from metrics import clouds_picture, metric
 
     out = {}
     for corruption in corruptions:
@@ -563,7 +574,8 @@ def report(denoise, truth: Clouds, folder=None, corruptions=("gaussian", "backgr
             noisy, clean = truth.test(n, points, corruption, severity)
             with torch.no_grad():
                 ours = torch.cat([denoise(part.to(device)).cpu() for part in noisy.split(8)])
-            ways = {"": ours, "_noisy": noisy, "_knn": smooth(noisy), "_outliers": remove_outliers(noisy)}
+            ways = {"": ours, "_noisy": noisy, "_knn": smooth(noisy), "_plane": flatten(noisy),
+                    "_outliers": remove_outliers(noisy)}
             best = [project(x, truth.surfaces[k % len(truth.surfaces)]) for k, x in enumerate(noisy)]
             floor, key = chamfer(best, clean).mean(), f"{corruption}_{severity}"
             far = {way: truth.distance(clouds) for way, clouds in ways.items()}
@@ -573,28 +585,7 @@ def report(denoise, truth: Clouds, folder=None, corruptions=("gaussian", "backgr
             if folder is not None:
                 rows = [("clean", clean, [torch.zeros(points)] * n)] + [
                     (title, ways[way], far[way]) for title, way in
-                    (("noisy", "_noisy"), ("denoised", ""), ("kNN mean", "_knn"), ("outliers removed", "_outliers"))]
-                picture(pathlib.Path(folder) / f"clouds-{corruption}-{severity}.png", rows, min(shown, n))
+                    (("noisy", "_noisy"), ("denoised", ""), ("kNN mean", "_knn"), ("onto planes", "_plane"),
+                     ("outliers removed", "_outliers"))]
+                clouds_picture(pathlib.Path(folder) / f"clouds-{corruption}-{severity}.png", rows, min(shown, n))
     return out
-
-
-def picture(path, rows, shown: int = 4, far: float = 0.1) -> None:
-    """Rows of (title, clouds, distances of their points), a column a cloud; red is `far` from the surface or more."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    from metrics import ACCENT, INK, PAPER, _write
-
-    colours = LinearSegmentedColormap.from_list("distance", [INK, ACCENT])
-    figure = Figure(figsize=(2.2 * shown, 2.3 * len(rows)), dpi=110, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    for r, (title, clouds, distances) in enumerate(rows):
-        for c in range(shown):
-            ax = figure.add_subplot(len(rows), shown, r * shown + c + 1, projection="3d", facecolor=PAPER)
-            x, d = (torch.as_tensor(t[c]).detach().cpu().float().nan_to_num() for t in (clouds, distances))
-            ax.scatter(*x.T.numpy(), s=1.5, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
-            ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
-            ax.set_axis_off()
-            ax.set_title("" if c else title, fontsize=10, color=INK, loc="left")
-    _write(path, lambda handle: figure.savefig(handle, format="png", facecolor=PAPER))

@@ -3,7 +3,7 @@
     two_dimensional(samples, truth) -> {name: metric}   points (N, 2) against a density that is known exactly
     nll, exact_kl, bits_per_dim                         for models with a density
     table(metrics) -> str                               what a run prints last
-    samples_picture, grid_picture, strip_picture, gif, landscape_picture,
+    samples_picture, grid_picture, clouds_picture, strip_picture, gif, landscape_picture,
     curves_picture                  files; each is written aside and renamed into place
 
 A metric is {value, floor, unit, better}. Its floor is the same number for a second true sample of the same size: at
@@ -428,6 +428,26 @@ def grid_picture(path, images, row_labels=None, column_labels=None, levels: int 
     if title:
         _title(ax, title)
     _write(path, lambda handle: figure.savefig(handle, format="png", bbox_inches="tight", pad_inches=0.1))
+
+
+def clouds_picture(path, rows, shown: int = 4, far: float = 0.1) -> None:
+    """Rows of (title, clouds, distances of their points), a column a cloud; red is `far` from the surface or more."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    colours = LinearSegmentedColormap.from_list("distance", [INK, ACCENT])
+    figure = Figure(figsize=(2.2 * shown, 2.3 * len(rows)), dpi=110, facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    for r, (title, clouds, distances) in enumerate(rows):
+        for c in range(shown):
+            ax = figure.add_subplot(len(rows), shown, r * shown + c + 1, projection="3d", facecolor=PAPER)
+            x, d = (torch.as_tensor(t[c]).detach().cpu().float().nan_to_num() for t in (clouds, distances))
+            ax.scatter(*x.T.numpy(), s=1.5, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
+            ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
+            ax.set_axis_off()
+            ax.set_title("" if c else title, fontsize=10, color=INK, loc="left")
+    _write(path, lambda handle: figure.savefig(handle, format="png", facecolor=PAPER))
 
 
 def strip_picture(path, frames, labels, levels: int = 256):

@@ -1,23 +1,33 @@
 """Point clouds denoised by a normalising flow: noise is some channels of a latent, which are set to zero.
 
-    y = [x, a(x)],  z = f(y; G),  z = [z_c, z_n]:    denoise(x) = xyz of f^-1([z_c, 0]; G)               [1], [2]
+    y = [x - c, a],  z = f(y; G, h),  z = [z_c, z_n]:    denoise(x) = c + xyz of f^-1([z_c, 0]; G, h)    [1], [2]
 
-Each point carries three coordinates and A channels of its neighbourhood; f is a flow over these channels, the same for
-all points, its couplings fed by the neighbours of a point in a graph G that the noisy cloud fixes. A coupling sees the
-kept half of *all* points and changes the other half of each, so the Jacobian of the whole cloud is triangular in blocks
-and log|det df/dy| is a sum over points, exact for given G and condition. It is the density of y given them, not of x:
-a(x) adds no density of its own, as in [2] (in [1] it is drawn, and the bound on log p(x) holds).
+Each point carries three coordinates and nine channels a of its neighbourhood: how far it stands from a plane through
+its neighbours, at three sizes of neighbourhood. f is a flow over these channels, the same for all points, its couplings
+fed by the neighbours of a point in a graph G that the noisy cloud fixes. A coupling sees the kept half of *all* points
+and changes the other half of each, so the Jacobian of the whole cloud is triangular in blocks and log|det df/dy| is a
+sum over points, exact for given G and h. It is the density of y given them, not of x: a adds no density of its own, as
+in [2] (in [1] it is drawn, and the bound on log p(x) holds).
+
+Planes. A network of this size, trained for minutes, does not find the direction of a surface from coordinates, so it is
+given: the axis of least variance n of the k nearest points [5], for three k. Along it a point is moved by a weighted
+mean of heights, a = n sum_j w_j n.(x_j - x_i) / k, where w_j is learned from place and height (with w = 1 it is moved
+onto the plane) as a bilateral filter's is set by hand [6]. Which of the three to trust where, the flow says. Lengths
+are in units of the cloud's own spacing, so clouds of 1,000 and of 10,000 points look alike.
 
 References
   [1] Mao et al., PD-Flow: A Point Cloud Denoising Framework with Normalizing Flows, arXiv 2203.05940
   [2] Mao, Yan, He, Denoising Point Clouds in Latent Space via Graph Convolution and INN, CVPR 2024
   [3] Kingma, Dhariwal, Glow: Generative Flow with Invertible 1x1 Convolutions, arXiv 1807.03039
   [4] Wang et al., Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829 (edge convolution)
+  [5] Hoppe et al., Surface Reconstruction from Unorganized Points, SIGGRAPH 1992 (tangent planes)
+  [6] Fleishman, Drori, Cohen-Or, Bilateral Mesh Denoising, SIGGRAPH 2003
 
 Glossary
   paper   code           shape              meaning
   x       noisy          (B, N, 3)          in the box [-1, 1]^3
-  y, z    y, z           (B, 3 + A, N)      channels first, as an image of N places
+  c       centre         (B, N, 3)          mean of the widest neighbourhood
+  y, z    y, z           (B, 12, N)         channels first, as an image of N places
   G       graph          (B, N, k)          indices of the nearest others of each point in the noisy cloud
   z_n     noise          the last channels  of z, given to noise
   h       condition      (B, W, N)          features of neighbourhoods, from the noisy cloud alone
@@ -25,8 +35,9 @@ Glossary
 Use
   python pointflows.py                              shapes3d; Chamfer and the distance to the exact surface
   python pointflows.py --latent left                or random, zero; --zeroed 3: fewer channels; --corruptions all
+  python pointflows.py --test-points 10000 --passes 2
 
-Not included: patches, farthest points, the Earth mover's distance, densities of clouds without a condition.
+Not included: farthest points, the Earth mover's distance, densities of clouds without a condition.
 """
 
 import copy
@@ -52,19 +63,31 @@ def affine(x: Tensor, theta: Tensor, inverse: bool = False) -> tuple[Tensor, Ten
     return ((x - t) * (-s).exp(), -s) if inverse else (x * s.exp() + t, s)
 
 
-def neighbours(x: Tensor, k: int) -> Tensor:
-    """(B, N, k): the nearest other points of each point of x (B, N, 3), itself left out."""
+def neighbours(x: Tensor, k: int, rows: int = 1024) -> Tensor:
+    """(B, N, k): the nearest other points of each point of x (B, N, 3), nearest first; distances of `rows` at once."""
     if not 1 <= k < x.shape[1]:
         raise ValueError(f"{k} neighbours of each point want {k + 1} points or more; got {x.shape[1]}")
-    d = torch.cdist(x, x)
-    d = d.masked_fill(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), math.inf)
-    return d.topk(k, largest=False).indices
+    found = []
+    for start in range(0, x.shape[1], rows):
+        d = torch.cdist(x[:, start : start + rows], x)
+        d.diagonal(start, 1, 2).fill_(math.inf)
+        found.append(d.topk(k, largest=False).indices)
+    return torch.cat(found, 1)
 
 
 def gathered(h: Tensor, graph: Tensor) -> Tensor:
     """(B, C, N, k): the columns of h (B, C, N) that the graph names."""
     B, N, k = graph.shape
     return h.gather(2, graph.reshape(B, 1, N * k).expand(-1, h.shape[1], -1)).view(B, -1, N, k)
+
+
+def plane(near: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit normal (..., 3) of the plane that fits points (..., k, 3) best, towards `up`, and the standard deviations
+    (..., 3) of the points along their principal axes, the normal's first. [5] 3.1"""
+    centred = near - near.mean(-2, keepdim=True)
+    variances, axes = torch.linalg.eigh(centred.mT @ centred / near.shape[-2])
+    normal = axes[..., 0]
+    return normal.where((normal * up).sum(-1, keepdim=True) >= 0, -normal), variances.clamp_min(1e-6).sqrt()
 
 
 # ---- layers and networks; h (B, C, N)
@@ -141,6 +164,21 @@ class Edges(nn.Module):
         return F.silu(self.own(h) - far + gathered(far, graph).amax(3))
 
 
+class Heights(nn.Module):
+    """a, (B, N, 3): n sum_j w_j n.(x_j - x_i) / k, the weights of a point's neighbours said by the place and height of
+    each, and by the condition. w = 1 at the start: onto the plane. [6] has two gaussians as w."""
+
+    def __init__(self, condition: int, width: int = 16):
+        super().__init__()
+        self.point, self.edge, self.last = nn.Linear(condition, width), nn.Linear(3, width), nn.Linear(width, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.ones_(self.last.bias)
+
+    def forward(self, normal: Tensor, heights: Tensor, places: Tensor, h: Tensor) -> Tensor:
+        w = self.last(F.silu(self.point(h.transpose(1, 2))[:, :, None] + self.edge(places)))[..., 0]
+        return normal * (w * heights).mean(2, keepdim=True)
+
+
 class GraphCoupling(nn.Module):
     """The first channels of all points as they are; the others scaled and shifted as those of a point and of its
     neighbours, and the condition, say."""
@@ -166,6 +204,8 @@ class GraphCoupling(nn.Module):
 # ---- the family: a bijection of the channels of a cloud, and what is done to its latent
 
 LATENTS = ("zero", "left", "random")
+CHANNELS = 12                                               # three coordinates, and one vector for each of three planes
+NEAR = 8                                                    # neighbours in the graph of the networks
 
 
 class PointFlow(nn.Module):
@@ -173,24 +213,55 @@ class PointFlow(nn.Module):
 
     shape = (3,)
 
-    def __init__(self, channels: int = 9, width: int = 48, depth: int = 4, k: int = 16, noise: int = 6):
+    def __init__(self, width: int = 48, depth: int = 2, k: int = 64, noise: int = 9):
         super().__init__()
-        if not 0 < noise < 3 + channels:
-            raise ValueError(f"of {3 + channels} channels 1 to {2 + channels} can hold noise; got {noise}")
-        self.k, self.noise = k, noise
-        self.first, self.second = Edges(3, width), Edges(width, width)
-        self.augment = nn.Conv1d(width, channels, 1)
+        if not 0 < noise < CHANNELS or k < 3:
+            raise ValueError(f"of {CHANNELS} channels 1 to {CHANNELS - 1} can hold noise, and a plane 3 neighbours "
+                             f"or more; got {noise} and {k}")
+        self.sizes, self.noise = [max(3, k // 5), max(3, k // 2), k], noise
+        self.measured = nn.Conv1d(6 * len(self.sizes), width, 1)
+        self.first, self.second = Edges(width, width), Edges(width, width)
+        self.heights = nn.ModuleList(Heights(width) for _ in self.sizes)
         self.layers = nn.ModuleList()
         for _ in range(depth):
-            self.layers += [ActNorm(3 + channels), InvertibleLinear(3 + channels), GraphCoupling(3 + channels, width)]
+            linear = InvertibleLinear(CHANNELS)
+            linear.load_state_dict(linear.state_dict() | {             # the identity: the cloud as it is
+                "P": torch.eye(CHANNELS), "sign": torch.ones(CHANNELS),
+                **{name: torch.zeros_like(p) for name, p in linear.named_parameters()}})
+            self.layers += [ActNorm(CHANNELS), linear, GraphCoupling(CHANNELS, width)]
 
-    def condition(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """y, graph and condition of a cloud (B, N, 3); features of points and of differences to neighbours."""
+    @torch.no_grad()
+    def planes(self, noisy: Tensor):
+        """graph, unit (B, 1, 1), centre / unit, what is measured at each point (B, 18, N), and the normal, heights and
+        places of neighbours of each size: distance along the plane, height beside that of the others, its size."""
+        graph = neighbours(noisy, self.sizes[-1])
+        near = (gathered(noisy.transpose(1, 2), graph) - noisy.transpose(1, 2)[..., None]).permute(0, 2, 3, 1)
+        unit = near[:, :, :NEAR].norm(dim=3).mean(2).median(1).values.clamp_min(1e-6)[:, None, None]
+        near = torch.cat([torch.zeros_like(near[:, :, :1]), near / unit[..., None]], 2)      # the point is one of them
+        centre, measured, planes = near.mean(2), [], []
+        for k in self.sizes:
+            some = near[:, :, : k + 1]
+            normal, spreads = plane(some, centre)
+            heights = (some @ normal[..., None])[..., 0]
+            along = (some.square().sum(3) - heights.square()).clamp_min(0).sqrt()
+            height = heights.mean(2, keepdim=True)
+            away = (some.mean(2) - normal * height).norm(dim=2, keepdim=True)
+            odd = (heights - height) / spreads[..., :1]
+            measured += [spreads, height, away, height / spreads[..., :1]]
+            places = torch.stack([along / along.mean(2, keepdim=True).clamp_min(1e-6), odd, odd.abs()], 3)
+            planes.append((normal, heights, places))
+        return graph[:, :, :NEAR], unit, centre, torch.cat(measured, 2).transpose(1, 2), planes
+
+    def condition(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y, graph and condition of a cloud (B, N, 3), and its unit of length: a median distance to near points."""
         if noisy.ndim != 3 or noisy.shape[2] != 3 or not noisy.isfinite().all():
             raise ValueError(f"clouds (B, N, 3) of finite points are wanted; got {tuple(noisy.shape)}")
-        graph, x = neighbours(noisy, self.k), noisy.transpose(1, 2)
-        h = self.second(self.first(x, graph), graph)
-        return torch.cat([x, self.augment(h)], 1), graph, h
+        graph, unit, centre, measured, planes = self.planes(noisy)
+        h = F.silu(self.measured(measured))
+        h = h + self.first(h, graph)
+        h = h + self.second(h, graph)
+        a = [heights(*plane, h) for heights, plane in zip(self.heights, planes)]
+        return torch.cat([-centre, *a], 2).transpose(1, 2), graph, h, unit
 
     def forward(self, y, graph, condition):
         log_det = y.new_zeros(len(y))
@@ -217,22 +288,41 @@ class PointFlow(nn.Module):
         part = z[:, -n:]
         return torch.cat([z[:, :-n], torch.zeros_like(part) if latent == "zero" else torch.randn_like(part)], 1)
 
-    def denoise(self, noisy: Tensor, latent: str = "zero", zeroed: int | None = None) -> Tensor:
-        """(B, N, 3) -> (B, N, 3)."""
-        y, graph, h = self.condition(noisy)
-        return self.inverse(self.edit(self(y, graph, h)[0], latent, zeroed), graph, h)[0][:, :3].transpose(1, 2)
-
-    def loss(self, noisy: Tensor, clean: Tensor, weight: float = 1e-5) -> dict[str, Tensor]:
-        """Squared distance to the clean partner, and a little of the likelihood of y given G, in nats a channel."""
-        y, graph, h = self.condition(noisy)
+    def moves(self, noisy: Tensor, latent: str = "zero", zeroed: int | None = None) -> tuple[Tensor, ...]:
+        """How each point is moved (B, N, 3) in units of length, those, and the negative log-likelihood of y."""
+        y, graph, h, unit = self.condition(noisy)
         z, log_det = self(y, graph, h)
         nll = -(standard_log_prob(z) + log_det).mean() / z[0].numel()
-        x = self.inverse(self.edit(z), graph, h)[0][:, :3].transpose(1, 2)
-        error = (x - clean).square().sum(2).mean()
+        moved = self.inverse(self.edit(z, latent, zeroed), graph, h)[0] - y
+        return moved[:, :3].transpose(1, 2), unit, nll
+
+    def denoise(self, noisy: Tensor, latent: str = "zero", zeroed: int | None = None) -> Tensor:
+        """(B, N, 3) -> (B, N, 3)."""
+        moves, unit, _ = self.moves(noisy, latent, zeroed)
+        return noisy + unit * moves
+
+    def loss(self, noisy: Tensor, clean: Tensor, weight: float = 1e-5) -> dict[str, Tensor]:
+        """Squared distance to the clean partner as a part of what it was, and a little of the likelihood of y given G
+        and h, in nats a channel."""
+        moves, unit, nll = self.moves(noisy)
+        far = ((noisy - clean) / unit).square().sum(2).mean(1).clamp_min(1e-6)
+        error = (((noisy - clean) / unit + moves).square().sum(2).mean(1) / far).mean()
         return {"loss": error + weight * nll, "error": error, "nll": nll}
 
 
 MODELS = {"points": PointFlow}
+
+
+def pieces(clouds, points: int, fewest: int = 1024):
+    """Of each pair of clouds, thinned to `fewest` points or more, those nearest to one of them: every density at the
+    price of `points`."""
+    for noisy, clean in clouds:
+        N = noisy.shape[1]
+        left = int(fewest * (N / fewest) ** float(torch.rand(()))) if N > fewest else N
+        rows = torch.randperm(N, device=noisy.device)[:left]
+        noisy, clean = noisy[:, rows], clean[:, rows]
+        near = (noisy - noisy[:, :1]).norm(dim=2).topk(min(points, left), largest=False).indices[..., None]
+        yield tuple(x.gather(1, near.expand(-1, -1, 3)) for x in (noisy, clean))
 
 
 def train(model: PointFlow, average: PointFlow, optimizer, batches, steps: int, lr: float, start: int = 0,
@@ -268,20 +358,20 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS, dataset="shapes3d", steps=1500, batch=8, lr=3e-3, others=data.CLOUDS,
-        training={"channels": (9, "A, beside the coordinates"), "width": (48, "of the networks"),
-                  "depth": (4, "steps of flow"), "k": (16, "neighbours"), "noise": (6, "channels of z that hold noise"),
-                  "points": (256, "of a training cloud"),
+        __doc__, MODELS, dataset="shapes3d", steps=1500, batch=4, lr=6e-3, others=data.CLOUDS,
+        training={"width": (48, "of the networks"), "depth": (2, "steps of flow"),
+                  "k": (64, "neighbours of the widest plane"), "noise": (9, "channels of z that hold noise"),
+                  "points": (512, "of a training patch"),
                   "pairs": ("gaussian", "noise of training", ["gaussian", "background"])},
         sampling={"latent": ("zero", "what is done to the noise of z", list(LATENTS)),
                   "zeroed": (0, "channels it is done to; 0: all that hold noise"),
-                  "test_points": (1024, "of a test cloud"),
+                  "passes": (1, "times a cloud is denoised"), "test_points": (1024, "of a test cloud"),
                   "corruptions": ("gaussian,background", "of test clouds, names of clouds.py, or all")})
     with run.Run(args) as job:
         if args.dataset not in data.CLOUDS:
             raise ValueError(f"pointflows wants clouds, {' or '.join(data.CLOUDS)}; got {args.dataset}")
-        if args.zeroed >= 3 + args.channels or args.k >= min(args.points, args.test_points):
-            raise ValueError(f"--zeroed must be below {3 + args.channels}, the channels, and --k below the points of a "
+        if args.zeroed >= CHANNELS or args.k >= min(args.points, args.test_points):
+            raise ValueError(f"--zeroed must be below {CHANNELS}, the channels, and --k below the points of a "
                              f"cloud, {min(args.points, args.test_points)}; got {args.zeroed} and {args.k}")
         corruptions = list(clouds.CORRUPTIONS) if args.corruptions == "all" else args.corruptions.split(",")
         if unknown := {*corruptions} - clouds.CORRUPTIONS.keys():
@@ -294,10 +384,15 @@ def main():
         else:
             optimizer = torch.optim.Adam(model.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
             start = job.keep(model=model, average=average, optimizer=optimizer)
-            batches = truth.batches(args.batch, args.points, job.device, args.pairs)
+            batches = pieces(truth.batches(args.batch, truth.POOL, job.device, args.pairs), args.points)
             for _ in job.track(train(model, average, optimizer, batches, args.steps, args.lr, start, share=job.share)):
                 pass
-        ours = lambda noisy: average.denoise(noisy, args.latent, args.zeroed or None)
+
+        def ours(noisy):
+            for _ in range(args.passes):
+                noisy = average.denoise(noisy, args.latent, args.zeroed or None)
+            return noisy
+
         results = clouds.report(ours, truth, job.folder, corruptions, points=args.test_points, device=job.device)
         job.report(results, parameters=sum(p.numel() for p in model.parameters()))
 

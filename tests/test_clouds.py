@@ -312,7 +312,7 @@ def test_test_clouds_are_held_out_and_the_same_each_time(truth):        # the ge
     assert not torch.equal(truth.clean(10, 200, seed=1), truth.clean(10, 200))
     assert truth.test(2, 200, "density_inc", 2)[0].shape == (2, 200, 3)
     assert truth.distance(noisy)[0].shape == (210,)
-    assert truth.shape == (3,) and truth.pool.shape == (18, 2048, 3)
+    assert truth.shape == (3,) and truth.pool.shape == (18, 8192, 3)
 
 
 def test_data_load_gives_clouds(tmp_path):
@@ -334,7 +334,8 @@ def test_data_load_gives_clouds(tmp_path):
 
 def test_bad_clouds_are_one_sentence(truth):
     for bad in (torch.zeros(0, 3), torch.zeros(1, 3), torch.zeros(5, 2), torch.zeros(3)):
-        for call in (lambda x: clouds.corrupt(x, "gaussian", 1), lambda x: clouds.smooth([x]), lambda x: clouds.remove_outliers([x])):
+        for call in (lambda x: clouds.corrupt(x, "gaussian", 1), lambda x: clouds.smooth([x]), lambda x: clouds.flatten([x]),
+                     lambda x: clouds.remove_outliers([x])):
             with pytest.raises(ValueError, match=r"a cloud \(N, 3\) of 2 or more points is wanted; got"):
                 call(bad)
     broken = points(5).index_fill(0, torch.tensor([1, 3]), math.nan)
@@ -346,8 +347,8 @@ def test_bad_clouds_are_one_sentence(truth):
         clouds.corrupt(points(5), "blur", 1)
     with pytest.raises(ValueError, match="severities 0 to 5; got gaussian 6"):
         clouds.corrupt(points(5), "gaussian", 6)
-    for bad in (dict(points=1), dict(points=9, noise="shear"), dict(points=4096)):
-        with pytest.raises(ValueError, match="pairs are of gaussian or background noise on 2 to 2048 points; got"):
+    for bad in (dict(points=1), dict(points=9, noise="shear"), dict(points=9000)):
+        with pytest.raises(ValueError, match="pairs are of gaussian or background noise on 2 to 8192 points; got"):
             next(truth.batches(2, **bad))
     with pytest.raises(ValueError, match=r"a cloud \(N, 3\) of 2 or more points is wanted; got \(1, 3\)"):
         truth.test(3, 1, "gaussian", 1)
@@ -367,6 +368,18 @@ def test_smooth_is_the_mean_of_the_point_and_its_nearest(n, k, seed):   # the po
     for p, q in zip(x, found):
         near = (x - p).norm(dim=1).argsort()[: min(k, n - 1) + 1]
         torch.testing.assert_close(q, x[near].mean(0))
+
+
+@given(seeds)
+def test_flatten_moves_points_across_the_plane_of_their_nearest(seed):  # the point itself left out; another axis
+    x = torch.randn(25, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 1.0, 0.1])
+    (found,) = clouds.flatten([x], 9)
+    for i in (0, 11):
+        near = x[(x - x[i]).norm(dim=1).topk(10, largest=False).indices]
+        normal = torch.linalg.svd(near - near.mean(0))[2][2]
+        torch.testing.assert_close(found[i], x[i] + ((near.mean(0) - x[i]) @ normal) * normal)
+    flat = x * torch.tensor([1.0, 1.0, 0.0]) + 3
+    torch.testing.assert_close(clouds.flatten([flat], 5)[0], flat)
 
 
 def test_smooth_comes_nearer_to_a_plane_and_outliers_are_dropped():     # ">" for "<="; largest=True
@@ -408,7 +421,7 @@ def test_what_chamfer_can_reach(truth):                                 # two th
 def test_report_and_its_pictures(truth, tmp_path):                      # ours for noisy; a floor of another cloud
     torch.set_default_dtype(torch.float32)
     out = clouds.report(lambda x: x, truth, tmp_path, severities=(3,), n=3, points=128, shown=2)
-    kinds = ("", "_noisy", "_knn", "_outliers")
+    kinds = ("", "_noisy", "_knn", "_plane", "_outliers")
     assert out.keys() == {f"{m}_{c}_3{k}" for m in ("chamfer", "surface") for c in ("gaussian", "background") for k in kinds}
     for name in ("chamfer_gaussian_3", "surface_background_3"):
         assert out[name]["value"] == out[f"{name}_noisy"]["value"] > out[name]["floor"] >= 0

@@ -23,11 +23,11 @@ def rng(seed):
 
 def make(seed=0, **options):
     torch.manual_seed(seed)
-    model = pointflows.PointFlow(**dict(channels=3, width=6, depth=2, k=2, noise=2) | options)
+    model = pointflows.PointFlow(**dict(width=6, depth=2, k=3, noise=4) | options)
     with torch.no_grad():
         model.denoise(cloud(seed, 2, 20))
         for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
+            p += 0.1 * torch.randn(p.shape)
     return model
 
 
@@ -44,18 +44,100 @@ def test_neighbours_are_the_nearest_others(seed):                       # the po
         for i in range(12):
             others = sorted((float(d[b, i, j]), j) for j in range(12) if j != i)
             assert graph[b, i].tolist() == [j for _, j in others[:3]]
+    assert torch.equal(graph, pointflows.neighbours(x, 3, rows=5))
     h = torch.randn(2, 5, 12, generator=rng(seed))
     close(pointflows.gathered(h, graph)[1, :, 4, 2], h[1, :, graph[1, 4, 2]])
+
+
+@given(seeds)
+def test_a_plane_has_the_normal_of_its_points(seed):                    # axes[..., 2]; the sign; a mean left in
+    normal = torch.nn.functional.normalize(torch.randn(3, generator=rng(seed)), dim=0)
+    x = torch.randn(4, 30, 3, generator=rng(seed + 1))
+    flat = x - (x @ normal)[..., None] * normal
+    up = torch.randn(4, 3, generator=rng(seed + 2))
+    found, spreads = pointflows.plane(flat + 5 * torch.ones(3), up)
+    close(found, normal * (up @ normal).sign()[:, None], rtol=1e-5, atol=1e-5)
+    close(spreads[:, 0], torch.full((4,), 1e-3))                        # the floor: none across it
+    close(spreads[:, 1:].square().sum(1), flat.var(1, correction=0).sum(1))
+
+
+@given(seeds)
+def test_heights_begin_as_the_move_onto_the_plane(seed):                # n m.n of the mean m; sum for mean
+    model, x = pointflows.PointFlow(width=6, k=10), cloud(seed, 2, 30)
+    y, _, _, unit = model.condition(x)
+    graph = pointflows.neighbours(x, 10)
+    for i, k in enumerate((3, 5, 10)):
+        near = torch.stack([x[b, torch.cat([torch.arange(30)[:, None], graph[b, :, :k]], 1)] for b in range(2)])
+        normal, _ = pointflows.plane(near, x)
+        onto = normal * ((near.mean(2) - x) * normal).sum(2, keepdim=True)
+        close(y[:, 3 + 3 * i : 6 + 3 * i], (onto / unit).transpose(1, 2), rtol=1e-6, atol=1e-6)
+    wide = near.mean(2)
+    close(y[:, :3], ((x - wide) / unit).transpose(1, 2))
+    close(unit.flatten(), (near[:, :, 1:9] - x[:, :, None]).norm(dim=3).mean(2).median(1).values)
+
+
+@given(seeds, st.floats(0.1, 10))
+def test_a_turned_moved_and_larger_cloud_has_the_same_planes(seed, size):            # a length not divided; axes' signs
+    model, x = make(seed, k=6), cloud(seed)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=rng(seed)))[0]
+    y, graph, h, unit = model.condition(x)
+    again = model.condition(size * x @ turn.mT + torch.tensor([3.0, -1.0, 2.0]))
+    close(again[0].unflatten(1, (4, 3)), torch.einsum("ij,bcjn->bcin", turn, y.unflatten(1, (4, 3))), rtol=1e-5, atol=1e-6)
+    assert torch.equal(again[1], graph)
+    close(again[2], h, rtol=1e-5, atol=1e-6)
+    close(again[3], size * unit)
+    with torch.no_grad():
+        close(model.denoise(size * x + 3.0), size * model.denoise(x) + 3.0, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_model_leaves_a_cloud_as_it_is():                         # a random W; v added
+    model, x = pointflows.PointFlow(width=6, k=10), cloud(0, 2, 30)
+    with torch.no_grad():
+        model.denoise(x)
+        close(model.denoise(x), x, rtol=1e-5, atol=1e-5)
+        flat = torch.zeros(1, 30, 3)
+        assert model.denoise(flat).isfinite().all()                     # all points in one place
+
+
+def test_pieces_are_near_pairs_of_thinned_clouds():                    # rows of one alone; the farthest
+    g = rng(0)
+    clean = torch.rand(3, 2000, 3, generator=g)
+    spacings, stream = [], pointflows.pieces(iter([(clean + 1, clean)] * 40), 50, 500)
+    for noisy, true in stream:
+        assert noisy.shape == (3, 50, 3)
+        close(noisy, true + 1)
+        centre = noisy[:, :1]                                           # the nearest to the first is itself
+        assert ((noisy - centre).norm(dim=2).diff(dim=1) >= 0).all()
+        spacings.append(float((noisy - centre).norm(dim=2).max(1).values.mean()))
+    assert len(spacings) == 40 and 1.3 < max(spacings) / min(spacings) < 2.2        # densities of 500 to 2,000: 4^(1/3)
+
+
+def test_the_error_is_a_part_of_the_noise():                            # not divided; clean for noisy
+    model, x = pointflows.PointFlow(width=6, k=10), cloud(0, 2, 30)
+    with torch.no_grad():
+        model.denoise(x)
+        close(model.loss(x, x + 0.1)["error"], torch.tensor(1.0), rtol=1e-4, atol=1e-4)
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=rng(1))
+        clean = cloud(1, 2, 30)
+        expected = (model.denoise(x) - clean).square().sum((1, 2)) / (x - clean).square().sum((1, 2))
+        row = model.loss(x, clean, weight=0.5)
+        close(row["error"], expected.mean())
+        y, graph, h, _ = model.condition(x)
+        z, log_det = model(y, graph, h)
+        nll = z.square().sum((1, 2)) / 2 + 360 / 2 * torch.tensor(2 * torch.pi).log() - log_det
+        close(row["nll"], nll.mean() / 360)
+        close(row["loss"], row["error"] + 0.5 * row["nll"])
 
 
 @given(seeds)
 @settings(max_examples=5)
 def test_log_det_is_that_of_the_jacobian_of_four_points(seed):          # N times; one coupling's sum; neighbours of b
     model = make(seed)
-    y, graph, h = (v.detach() for v in model.condition(cloud(seed, 1, 4)))
+    y, graph, h = (v.detach() for v in model.condition(cloud(seed, 1, 4))[:3])
     z, log_det = model(y, graph, h)
     J = torch.autograd.functional.jacobian(lambda v: model(v.view_as(y), graph, h)[0].flatten(), y.flatten())
-    assert J.shape == (24, 24) and log_det.abs() > 1e-3
+    assert J.shape == (48, 48) and log_det.abs() > 1e-3
     close(log_det[0], torch.linalg.slogdet(J)[1])
     back, minus = model.inverse(z, graph, h)
     close(back, y, rtol=1e-7, atol=1e-8)
@@ -67,8 +149,8 @@ def test_log_det_is_that_of_the_jacobian_of_four_points(seed):          # N time
 def test_points_in_another_order_give_the_same_in_that_order(seed):     # a position of a point
     model, x = make(seed), cloud(seed)
     order = torch.randperm(12, generator=rng(seed))
-    z, log_det = model(*model.condition(x))
-    again, log_det_again = model(*model.condition(x[:, order]))
+    z, log_det = model(*model.condition(x)[:3])
+    again, log_det_again = model(*model.condition(x[:, order])[:3])
     close(again, z[:, :, order])
     close(log_det_again, log_det)
     close(model.denoise(x[:, order]), model.denoise(x)[:, order])
@@ -83,17 +165,17 @@ def test_what_is_left_alone_comes_back():                               # the or
 
 
 def test_the_noise_of_z_is_its_last_channels():                         # -n: for :n
-    model, z = make(), torch.randn(2, 6, 5, generator=rng(0))
-    for latent, n in (("zero", 2), ("zero", 4), ("random", 2)):
+    model, z = make(), torch.randn(2, 12, 5, generator=rng(0))
+    for latent, n in (("zero", 4), ("zero", 7), ("random", 4)):
         edited = model.edit(z, latent, n)
         assert torch.equal(edited[:, :-n], z[:, :-n]) and not torch.equal(edited[:, -n:], z[:, -n:])
-    assert not model.edit(z)[:, -2:].any() and torch.equal(model.edit(z), model.edit(z, "zero", 2))
+    assert not model.edit(z)[:, -4:].any() and torch.equal(model.edit(z), model.edit(z, "zero", 4))
 
 
 def test_it_learns_to_leave_the_noise_out():                            # the loss's sign; error of noisy
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    model = pointflows.PointFlow(channels=3, width=16, depth=2, k=8, noise=3)
+    model = pointflows.PointFlow(width=16, depth=1, k=15)
     average = pointflows.copy.deepcopy(model)
 
     def batches():                                                      # a plane with noise across it
@@ -114,8 +196,9 @@ def test_it_learns_to_leave_the_noise_out():                            # the lo
 def test_bad_clouds_are_one_sentence(x, says):                          # the check
     with pytest.raises(ValueError, match=says):
         make().denoise(x)
-    with pytest.raises(ValueError, match="channels"):
-        pointflows.PointFlow(channels=3, noise=6)
+    for options in ({"noise": 12}, {"noise": 0}, {"k": 2}):
+        with pytest.raises(ValueError, match="channels"):
+            pointflows.PointFlow(**options)
     with pytest.raises(ValueError, match="noise of z"):
         make().denoise(cloud(0), "half")
 
@@ -138,9 +221,9 @@ def test_bad_input_is_one_sentence_before_training(cli, flags, says):   # the ch
 
 
 def test_a_run_reports_the_corruptions_that_it_names(cli, monkeypatch):              # their names not handed on
-    import clouds
+    import metrics
 
-    monkeypatch.setattr(clouds, "picture", lambda *a: None)
+    monkeypatch.setattr(metrics, "clouds_picture", lambda *a: None)
     status, error, out = cli(pointflows, "--steps", 2, "--width", 6, "--depth", 1, "--k", 4, "--points", 16, "--batch", 2,
                              "--test-points", 64, "--corruptions", "shear,cutout")
     assert status == 0, error
