@@ -430,7 +430,7 @@ def grid_picture(path, images, row_labels=None, column_labels=None, levels: int 
     _write(path, lambda handle: figure.savefig(handle, format="png", bbox_inches="tight", pad_inches=0.1))
 
 
-def clouds_picture(path, rows, shown: int = 4, far: float = 0.1) -> None:
+def clouds_picture(path, rows, shown: int = 4, far: float = 0.05) -> None:
     """Rows of (title, clouds, distances of their points), a column a cloud; red is `far` from the surface or more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
@@ -443,8 +443,9 @@ def clouds_picture(path, rows, shown: int = 4, far: float = 0.1) -> None:
         for c in range(shown):
             ax = figure.add_subplot(len(rows), shown, r * shown + c + 1, projection="3d", facecolor=PAPER)
             x, d = (torch.as_tensor(t[c]).detach().cpu().float().nan_to_num() for t in (clouds, distances))
-            ax.scatter(*x.T.numpy(), s=1.5, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
-            ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
+            ax.scatter(*x.T.numpy(), s=2.5, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
+            ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
+            ax.set_box_aspect((1, 1, 1), zoom=1.5)
             ax.set_axis_off()
             ax.set_title("" if c else title, fontsize=10, color=INK, loc="left")
     _write(path, lambda handle: figure.savefig(handle, format="png", facecolor=PAPER))

@@ -219,7 +219,7 @@ class PointFlow(nn.Module):
             raise ValueError(f"of {CHANNELS} channels 1 to {CHANNELS - 1} can hold noise, and a plane 3 neighbours "
                              f"or more; got {noise} and {k}")
         self.sizes, self.noise = [max(3, k // 5), max(3, k // 2), k], noise
-        self.measured = nn.Conv1d(6 * len(self.sizes), width, 1)
+        self.measured, self.whole = nn.Conv1d(6 * len(self.sizes), width, 1), nn.Conv1d(width, width, 1)
         self.first, self.second = Edges(width, width), Edges(width, width)
         self.heights = nn.ModuleList(Heights(width) for _ in self.sizes)
         self.layers = nn.ModuleList()
@@ -259,6 +259,7 @@ class PointFlow(nn.Module):
         graph, unit, centre, measured, planes = self.planes(noisy)
         h = F.silu(self.measured(measured))
         h = h + self.first(h, graph)
+        h = h + self.whole(h.mean(2, keepdim=True))                     # how much noise there is, all points tell
         h = h + self.second(h, graph)
         a = [heights(*plane, h) for heights, plane in zip(self.heights, planes)]
         return torch.cat([-centre, *a], 2).transpose(1, 2), graph, h, unit
