@@ -90,6 +90,16 @@ def test_a_turned_moved_and_larger_cloud_has_the_same_planes(seed, size):       
         close(model.denoise(size * x + 3.0), size * model.denoise(x) + 3.0, rtol=1e-5, atol=1e-5)
 
 
+def test_all_points_tell_how_much_noise_there_is():                     # h.mean left out; before the neighbours alone
+    model = make()
+    few = lambda seed: torch.cat([cloud(0, 1, 40), 100 + 10 * cloud(seed, 1, 20)], 1)      # no edge between the two
+    (_, _, h, unit), (_, _, again, same) = model.condition(few(1)), model.condition(few(2))
+    assert torch.equal(unit, same) and (h - again)[:, :, :40].abs().min() > 1e-6
+    with torch.no_grad():
+        model.whole.weight.zero_()
+    close(model.condition(few(1))[2][:, :, :40], model.condition(few(2))[2][:, :, :40])
+
+
 def test_a_new_model_leaves_a_cloud_as_it_is():                         # a random W; v added
     model, x = pointflows.PointFlow(width=6, k=10), cloud(0, 2, 30)
     with torch.no_grad():
