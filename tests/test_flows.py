@@ -159,6 +159,14 @@ def test_one_row_knows_nothing_of_another(name):                        # a mean
     close(model.log_prob(x)[2:3], model.log_prob(x[2:3]))
 
 
+def test_a_network_of_points_sees_sines_of_half_and_twice():            # x / frequency; a wave more
+    net, x = flows.PointNet(2, 1, waves=3), torch.randn(4, 2, generator=rng(0))
+    net.net = torch.nn.Identity()
+    angles = [f * x[:, i] for i in range(2) for f in (0.5, 1.0, 2.0)]
+    close(net(x), torch.stack([*x.T, *(a.sin() for a in angles), *(a.cos() for a in angles)], 1))
+
+
+
 @pytest.mark.parametrize("name", LAYERED)
 def test_every_parameter_learns(name):                                  # a layer left out of forward
     for shape, levels in (((2,), None), ((1, 4, 4), 256)):
