@@ -443,7 +443,8 @@ def clouds_picture(path, rows, shown: int = 4, far: float = 0.05) -> None:
         for c in range(shown):
             ax = figure.add_subplot(len(rows), shown, r * shown + c + 1, projection="3d", facecolor=PAPER)
             x, d = (torch.as_tensor(t[c]).detach().cpu().float().nan_to_num() for t in (clouds, distances))
-            ax.scatter(*x.T.numpy(), s=min(2.5, 8000 / len(x)), c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
+            size = min(2.5, 8000 / len(x))
+            ax.scatter(*x.T.numpy(), s=size, c=d.numpy(), cmap=colours, vmin=0, vmax=far, linewidths=0)
             ax.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
             ax.set_box_aspect((1, 1, 1), zoom=1.5)
             ax.set_axis_off()
