@@ -348,6 +348,14 @@ def train(model: PointFlow, average: PointFlow, optimizer, batches, steps: int, 
         yield {name: value.detach() for name, value in row.items()}
 
 
+@torch.no_grad()
+def round_trip(model: PointFlow, noisy: Tensor) -> float:
+    """max |f^-1(f(y)) - y| / max(1, |y|), at the precision of the cloud."""
+    y, graph, h, _ = model.condition(noisy)
+    again = model.inverse(model(y, graph, h)[0], graph, h)[0]
+    return float(((again - y).abs() / y.abs().clamp_min(1)).max())
+
+
 def build(config: dict) -> PointFlow:
     names = inspect.signature(PointFlow).parameters
     return PointFlow(**{name: config[name] for name in names if name in config})
@@ -356,6 +364,7 @@ def build(config: dict) -> PointFlow:
 def main():
     import clouds
     import data
+    import metrics
     import run
 
     args = run.parse(
@@ -395,6 +404,8 @@ def main():
             return noisy
 
         results = clouds.report(ours, truth, job.folder, corruptions, points=args.test_points, device=job.device)
+        noisy = truth.test(4, args.test_points, "gaussian", 3)[0].to(job.device)
+        results["inverse_error"] = metrics.metric(round_trip(average, noisy), 0, "relative")
         job.report(results, parameters=sum(p.numel() for p in model.parameters()))
 
 

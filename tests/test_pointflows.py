@@ -169,6 +169,11 @@ def test_points_in_another_order_give_the_same_in_that_order(seed):     # a posi
 
 def test_what_is_left_alone_comes_back():                               # the order of layers; zeroed = 0
     model, x = make(), cloud(0)
+    assert pointflows.round_trip(model, x) < 1e-8
+    model.inverse = lambda z, graph, h: (z, None)
+    y, graph, h, _ = model.condition(x)
+    close(torch.tensor(pointflows.round_trip(model, x)), ((model(y, graph, h)[0] - y).abs() / y.abs().clamp_min(1)).max().detach())
+    model = make()
     close(model.denoise(x, "left"), x, rtol=1e-8, atol=1e-8)
     close(model.denoise(x, "zero", 0), x, rtol=1e-8, atol=1e-8)
     assert (model.denoise(x) - x).abs().max() > 1e-3
@@ -239,6 +244,7 @@ def test_a_run_reports_the_corruptions_that_it_names(cli, monkeypatch):         
     assert status == 0, error
     found = json.loads((out / "pointflows-points-shapes3d" / "metrics.json").read_text())["metrics"]
     assert {"chamfer_shear_1", "surface_cutout_5_knn"} <= found.keys() and "chamfer_gaussian_1" not in found
+    assert found["inverse_error"]["value"] < 1e-5
 
 
 @pytest.mark.parametrize("flags", [["--model", "points"], ["--model=points"]])
