@@ -44,7 +44,7 @@ def test_neighbours_are_the_nearest_others(seed):                       # the po
         for i in range(12):
             others = sorted((float(d[b, i, j]), j) for j in range(12) if j != i)
             assert graph[b, i].tolist() == [j for _, j in others[:3]]
-    assert torch.equal(graph, pointflows.neighbours(x, 3, rows=5))
+    assert torch.equal(graph, pointflows.neighbours(x, 3, rows=5)) and torch.equal(graph[..., :1], pointflows.neighbours(x, 1))
     h = torch.randn(2, 5, 12, generator=rng(seed))
     close(pointflows.gathered(h, graph)[1, :, 4, 2], h[1, :, graph[1, 4, 2]])
 
@@ -65,10 +65,15 @@ def test_a_plane_has_the_normal_of_its_points(seed):                    # axes[.
 def test_heights_begin_as_the_move_onto_the_plane(seed):                # n m.n of the mean m; sum for mean
     model, x = pointflows.PointFlow(width=6, k=10), cloud(seed, 2, 30)
     y, _, _, unit = model.condition(x)
-    graph = pointflows.neighbours(x, 10)
+    graph, measured = pointflows.neighbours(x, 10), model.planes(x)[3].unflatten(1, (3, 6))
     for i, k in enumerate((3, 5, 10)):
         near = torch.stack([x[b, torch.cat([torch.arange(30)[:, None], graph[b, :, :k]], 1)] for b in range(2)])
-        normal, _ = pointflows.plane(near, x)
+        normal, spreads = pointflows.plane((near - x[:, :, None]) / unit[..., None], x)
+        mean, height = (near.mean(2) - x) / unit, ((near.mean(2) - x) * normal).sum(2) / unit[..., 0]
+        close(measured[:, i, :3], spreads.transpose(1, 2))
+        close(measured[:, i, 3].abs(), height.abs())
+        close(measured[:, i, 3].square() + measured[:, i, 4].square(), mean.square().sum(2))
+        close(measured[:, i, 5], measured[:, i, 3] / spreads[..., 0])
         onto = normal * ((near.mean(2) - x) * normal).sum(2, keepdim=True)
         close(y[:, 3 + 3 * i : 6 + 3 * i], (onto / unit).transpose(1, 2), rtol=1e-6, atol=1e-6)
     wide = near.mean(2)
@@ -88,6 +93,32 @@ def test_a_turned_moved_and_larger_cloud_has_the_same_planes(seed, size):       
     close(again[3], size * unit)
     with torch.no_grad():
         close(model.denoise(size * x + 3.0), size * model.denoise(x) + 3.0, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_added_to_what_is_measured():                      # h left out of a sum
+    model, x = make(), cloud(0)
+    with torch.no_grad():
+        for name in ("first", "second", "whole"):
+            for p in getattr(model, name).parameters():
+                p.zero_()
+    close(model.condition(x)[2], torch.nn.functional.silu(model.measured(model.planes(x)[3])))
+
+
+def test_training_warms_up_and_falls_to_zero_and_averages():            # 101; sin; the other way; the decay
+    model, pair = make(k=5), (cloud(0), cloud(1))
+    model.layers[0].initialized.fill_(False)                            # on the first batch, and the average with it
+    average, seen = pointflows.copy.deepcopy(model), []
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    expected = [p.detach().clone() for p in model.layers[-1].parameters()]
+    for _ in pointflows.train(model, average, optimizer, iter([pair] * 9), 6, 0.3):
+        rate = min(0.99, (1 + len(seen)) / (10 + len(seen)))
+        expected = [rate * e + (1 - rate) * p.detach() for e, p in zip(expected, model.layers[-1].parameters())]
+        for e, p in zip(expected, average.layers[-1].parameters()):
+            close(p, e)
+        seen.append(optimizer.param_groups[0]["lr"])
+    expected_lr = [0.3 * (s + 1) / 100 * (1 + torch.tensor(torch.pi * s / 6).cos()) / 2 for s in range(6)]
+    close(torch.tensor(seen), torch.stack(expected_lr))
+    assert average.layers[0].initialized
 
 
 def test_all_points_tell_how_much_noise_there_is():                     # h.mean left out; before the neighbours alone
@@ -184,6 +215,8 @@ def test_the_noise_of_z_is_its_last_channels():                         # -n: fo
     for latent, n in (("zero", 4), ("zero", 7), ("random", 4)):
         edited = model.edit(z, latent, n)
         assert torch.equal(edited[:, :-n], z[:, :-n]) and not torch.equal(edited[:, -n:], z[:, -n:])
+    random = model.edit(torch.randn(2, 12, 2000, generator=rng(0)), "random")[:, -4:]
+    assert random.mean().abs() < 0.05 and (random.std() - 1).abs() < 0.05
     assert not model.edit(z)[:, -4:].any() and torch.equal(model.edit(z), model.edit(z, "zero", 4))
 
 
@@ -212,7 +245,7 @@ def test_bad_clouds_are_one_sentence(x, says):                          # the ch
     with pytest.raises(ValueError, match=says):
         make().denoise(x)
     for options in ({"noise": 12}, {"noise": 0}, {"k": 2}):
-        with pytest.raises(ValueError, match="channels"):
+        with pytest.raises(ValueError, match="of 12 channels 1 to 11 can"):
             pointflows.PointFlow(**options)
     with pytest.raises(ValueError, match="noise of z"):
         make().denoise(cloud(0), "half")
