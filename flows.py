@@ -533,7 +533,7 @@ def main():
     import run
 
     args = run.parse(
-        __doc__, MODELS | {"points": "pointflows"}, steps=4000, batch=1024, lr=1e-2,
+        __doc__, MODELS | {"points": "pointflows"}, steps=3000, batch=1024, lr=1e-2,
         training={"depth": (3, "steps of flow a scale"), "width": (64, "of the networks"),
                   "bins": (32, "of a spline"), "waves": (6, "frequencies of sines"), "scales": (2, "of images"),
                   "bits": (8, "of an image's levels that are kept"),

@@ -25,7 +25,8 @@ elif [ $what = pgm_rivals ]; then
 elif [ $what = igpt_rivals ]; then
     $pip torch==2.13.0 transformers==5.23.0 x-transformers==2.31.10
 elif [ $what = flows_rivals ]; then
-    $pip --no-deps zuko==1.6.0 nflows==0.14 torchcfm==1.0.7 flow_matching==1.0.10 torchdiffeq torchdyn POT scipy matplotlib
+    $pip scipy matplotlib
+    $pip --no-deps zuko==1.6.0 nflows==0.14 torchcfm==1.0.7 flow_matching==1.0.10 torchdiffeq torchdyn POT
 else
     $pip --no-deps diffusers==0.42.1 azula==0.11.1
     # what importing diffusers' schedulers needs
