@@ -372,7 +372,7 @@ def main():
         training={"width": (48, "of the networks"), "depth": (2, "steps of flow"),
                   "k": (64, "neighbours of the widest plane"), "noise": (9, "channels of z that hold noise"),
                   "points": (512, "of a training patch"),
-                  "pairs": ("gaussian", "noise of training", ["gaussian", "background"])},
+                  "pairs": ("background", "noise of training: with strays, or none", ["background", "gaussian"])},
         sampling={"latent": ("zero", "what is done to the noise of z", list(LATENTS)),
                   "zeroed": (0, "channels it is done to; 0: all that hold noise"),
                   "passes": (1, "times a cloud is denoised"), "test_points": (1024, "of a test cloud"),
