@@ -134,7 +134,7 @@ def rate(generator, n=60):
 def quality(make, truth, batch, lr, seconds, matching):
     torch.manual_seed(0)
     rival = make()
-    steps = max(100, int(seconds * rate(loop(rival)(rival, truth, batch, lr, 10**6))))
+    steps = max(100, int(seconds * rate(loop(rival)(rival, truth, batch, lr, 10**6), 2000 if matching else 250)))
     torch.manual_seed(0)
     rival = make()
     began = time.perf_counter()
