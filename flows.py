@@ -429,7 +429,7 @@ class Matching(Flow):
         if len(shape) == 3:
             raise ValueError("matching is for points here; for images there are --model glow and ddpm.py")
         super().__init__(shape, levels)
-        self.ode_steps, self.solver, self.density_steps = ode_steps, SOLVERS[solver], 50
+        self.ode_steps, self.solver, self.density_steps = ode_steps, SOLVERS[solver], 64
         self.network = PointNet(self.dims + 1, self.dims, 2 * width, 3, waves)
 
     def velocity(self, x: Tensor, t: float | Tensor) -> Tensor:
