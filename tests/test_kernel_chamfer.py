@@ -95,6 +95,15 @@ def test_kernel_chamfer_shares_its_clouds_among_threads(threads, most, monkeypat
     assert torch.equal(index, exact(x, y, *lengths)[1]) and not index.is_inference()
 
 
+def test_kernel_chamfer_of_points_apart_wants_no_float64(monkeypatch):  # a radius that is nan; index 0 taken for none
+    g, whole = torch.Generator().manual_seed(0), torch.Tensor.double
+    y = torch.randperm(40, generator=g).float()[None, :, None] * torch.ones(3)
+    x, calls = y + 0.2, []
+    monkeypatch.setattr(torch.Tensor, "double", lambda t: calls.append(1) or whole(t))
+    index = chamfer._nearest_torch(x, y, None, None)
+    assert not calls and torch.equal(index[0], torch.arange(40))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shift", [0, 1e-8, 1e-7])
 def test_kernel_chamfer_between_two_points(path, shift):                # slack 0: rounding decides
@@ -169,7 +178,9 @@ def test_kernel_chamfer_gradient_for_one_side_only():                   # needs_
     x, y, *_ = draw(1, 5, 4, dtype=torch.float64)
     a = x.clone().requires_grad_()
     kernels.chamfer_distance(a, y).sum().backward()
-    assert a.grad.abs().sum() > 0 and y.grad is None
+    both = [t.clone().requires_grad_() for t in (x, y)]
+    kernels.chamfer_distance(*both).sum().backward()
+    assert a.grad.abs().sum() > 0 and y.grad is None and torch.equal(a.grad, both[0].grad)
     assert not kernels.nearest_point(a, y)[1].requires_grad
 
 
