@@ -74,6 +74,12 @@ def test_heights_begin_as_the_move_onto_the_plane(seed):                # n m.n 
         close(measured[:, i, 3].abs(), height.abs())
         close(measured[:, i, 3].square() + measured[:, i, 4].square(), mean.square().sum(2))
         close(measured[:, i, 5], measured[:, i, 3] / spreads[..., 0])
+        away, (normal_again, heights, places) = (near - x[:, :, None]) / unit[..., None], model.planes(x)[4][i]
+        close(heights, (away * normal_again[:, :, None]).sum(3))
+        along = places[..., 0] * (away.square().sum(3) - heights.square()).clamp_min(0).sqrt().mean(2, keepdim=True)
+        close(along.square() + heights.square(), away.square().sum(3))
+        close(places[..., 1], (heights - heights.mean(2, keepdim=True)) / spreads[..., :1])
+        assert torch.equal(places[..., 2], places[..., 1].abs())
         onto = normal * ((near.mean(2) - x) * normal).sum(2, keepdim=True)
         close(y[:, 3 + 3 * i : 6 + 3 * i], (onto / unit).transpose(1, 2), rtol=1e-6, atol=1e-6)
     wide = near.mean(2)
@@ -95,13 +101,13 @@ def test_a_turned_moved_and_larger_cloud_has_the_same_planes(seed, size):       
         close(model.denoise(size * x + 3.0), size * model.denoise(x) + 3.0, rtol=1e-5, atol=1e-5)
 
 
-def test_features_are_added_to_what_is_measured():                      # h left out of a sum
+def test_features_are_added_to_what_is_measured():                      # a sign; the sum over points for their mean
     model, x = make(), cloud(0)
-    with torch.no_grad():
-        for name in ("first", "second", "whole"):
-            for p in getattr(model, name).parameters():
-                p.zero_()
-    close(model.condition(x)[2], torch.nn.functional.silu(model.measured(model.planes(x)[3])))
+    _, graph, found, _ = model.condition(x)
+    h = torch.nn.functional.silu(model.measured(model.planes(x)[3]))
+    h = h + model.first(h, graph)
+    h = h + model.whole(h.mean(2, keepdim=True))
+    close(found, h + model.second(h, graph))
 
 
 def test_training_warms_up_and_falls_to_zero_and_averages():            # 101; sin; the other way; the decay
