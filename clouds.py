@@ -161,7 +161,8 @@ class Mesh(Surface):
         a, b, c = self.corners.unbind(1)
         self.normals = torch.linalg.cross(b - a, c - a)
         self.parts = self.normals.norm(dim=-1) / 2
-        self.area = self.parts.sum().item()
+        self.area, self.centres = self.parts.sum().item(), self.corners.mean(1)
+        self.radii = (self.corners - self.centres[:, None]).norm(dim=-1).amax(1)
         if not 0 < self.area < math.inf:
             raise ValueError(f"a surface is wanted, and the area of this mesh of {len(self.corners)} faces is "
                              f"{self.area:g}")
@@ -172,17 +173,23 @@ class Mesh(Surface):
         return (1 - root) * a + root * (1 - v) * b + root * v * c
 
     def distance(self, x):
-        flat = x.reshape(-1, 3)
-        rows = max(1, 2**19 // len(self.corners))
-        return torch.cat([self._distance(part) for part in flat.split(rows)]).view(x.shape[:-1])
+        parts = x.reshape(-1, 3).split(max(1, 2**21 // len(self.corners)))
+        return torch.cat([self._distance(part) for part in parts]).view(x.shape[:-1])
 
     def _distance(self, x):
-        corners, normal, p = self.corners.to(x), self.normals.to(x), x[:, None]                     # (n, 1, 3)
-        edges = [(corners[:, i], corners[:, (i + 1) % 3]) for i in range(3)]
+        away = torch.cdist(x.detach(), self.centres.to(x), compute_mode="donot_use_mm_for_euclid_dist")       # (n, F)
+        least = away - self.radii.to(x)                                   # no face is nearer
+        k = int((least <= away.amin(1, keepdim=True)).sum(1).max())     # none is farther than its centre
+        near = least.topk(k, largest=False).indices
+        return torch.cat([self._among(*rows) for rows in zip(*(t.split(max(1, 2**19 // k)) for t in (x, near)))])
+
+    def _among(self, x, near):
+        corners, normal, p = self.corners.to(x)[near], self.normals.to(x)[near], x[:, None]         # (n, 1, 3)
+        edges = [(corners[:, :, i], corners[:, :, (i + 1) % 3]) for i in range(3)]
         best = torch.stack([_segment(p, a, b).amin(1) for a, b in edges]).amin(0)
         inside = torch.stack([(torch.linalg.cross(b - a, normal) * (p - a)).sum(-1) <= 0 for a, b in edges]).all(0)
         length = normal.norm(dim=-1)
-        height = ((p - corners[:, 0]) * normal).sum(-1).abs() / length.clamp_min(1e-300)            # (n, F)
+        height = ((p - corners[:, :, 0]) * normal).sum(-1).abs() / length.clamp_min(1e-300)         # (n, k)
         return torch.minimum(best, height.masked_fill(~inside | (length == 0), math.inf).amin(1))
 
 

@@ -370,6 +370,16 @@ def test_smooth_is_the_mean_of_the_point_and_its_nearest(n, k, seed):   # the po
         torch.testing.assert_close(q, x[near].mean(0))
 
 
+@given(seeds, st.integers(1, 300))
+def test_the_nearest_face_is_among_the_few_that_are_looked_at(seed, faces):          # the radii; their largest left out
+    g = torch.Generator().manual_seed(seed)
+    corners = torch.randn(faces, 1, 3, generator=g) + torch.rand(faces, 1, 1, generator=g) * torch.randn(faces, 3, 3, generator=g)
+    mesh = clouds.Mesh(corners.reshape(-1, 3), torch.arange(3 * faces).view(-1, 3))
+    x = 2 * torch.randn(20, 3, generator=g, dtype=torch.float64)
+    every = torch.arange(faces).expand(20, -1)
+    torch.testing.assert_close(mesh.distance(x), mesh._among(x, every), rtol=0, atol=0)
+
+
 @given(seeds)
 def test_flatten_moves_points_across_the_plane_of_their_nearest(seed):  # the point itself left out; another axis
     x = torch.randn(25, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 1.0, 0.1])
