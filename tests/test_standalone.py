@@ -109,7 +109,7 @@ for name in {names}:
 POINTFLOWS = """
 import copy, torch
 import pointflows as m
-model = m.PointFlow(channels=3, width=8, depth=1, k=4, noise=3)
+model = m.PointFlow(width=8, depth=1, k=4, noise=3)
 average = copy.deepcopy(model).requires_grad_(False)
 batches = iter([(torch.rand(2, 16, 3), torch.rand(2, 16, 3))] * 3)
 rows = list(m.train(model, average, torch.optim.Adam(model.parameters(), 1e-3), batches, 3, 1e-3))
